@@ -1,0 +1,75 @@
+"""The command line: `farmem VERB ...`, a module per verb, loaded when it is typed.
+
+`farmem run` is on the way to somebody's program: nothing that it does not need is
+imported on its account.  Errors are sentences on stderr and an exit status, never a
+traceback.
+"""
+
+import sys
+from importlib import import_module
+
+import click
+
+from farmem import __version__
+from farmem.errors import EXIT_FARMEM, FarmemError
+
+VERBS = {"run": "Run a command with less memory than it needs."}
+_EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are modules of this package."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command, its module imported now."""
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(f"farmem.cli.{cmd_name}").command
+        return command
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="farmem", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Far memory for unmodified Linux programs."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def _complain(what: str, hint: str) -> None:
+    print(f"farmem: {what}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+
+
+def _hint_for(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "farmem"
+    return f"try: {path} --help"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns an exit status unless a command has taken our place."""
+    try:
+        cli.main(arguments, prog_name="farmem", standalone_mode=False)
+    except FarmemError as error:
+        _complain(error.what, error.hint)
+        return error.status
+    except click.ClickException as error:
+        _complain(error.format_message().rstrip("."), _hint_for(error))
+        return EXIT_FARMEM
+    except (KeyboardInterrupt, click.Abort):
+        return _EXIT_INTERRUPTED
+    except OSError as error:
+        _complain(f"the system refused: {error}", "")
+        return EXIT_FARMEM
+    return 0

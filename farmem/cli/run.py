@@ -1,0 +1,129 @@
+"""farmem run: check everything, then become the command, paged beyond its budget."""
+
+import os
+from typing import NoReturn
+
+import click
+
+from farmem import _native, checks
+from farmem.errors import FarmemError
+from farmem.filters import parse_filters
+from farmem.job import (
+    DEFECTS_VARIABLE,
+    EVICT_VARIABLE,
+    JOB_VARIABLE,
+    Job,
+    Request,
+    inherited_environment,
+    launch,
+)
+from farmem.pools import parse_pool
+from farmem.sizes import parse_size
+
+
+def _defects_from(environment: dict[bytes, bytes]) -> int:
+    """The named defects that a test wants (enum fm_defect), for tests alone."""
+    prefix = "FM_DEFECT_"
+    known: dict[str, int] = _native.ffi.typeof("enum fm_defect").relements
+    defects = 0
+    for name in os.fsdecode(environment.get(DEFECTS_VARIABLE, b"")).split(","):
+        value = known.get(prefix + name.upper(), 0)
+        if name and not value:
+            names = ", ".join(sorted(key.removeprefix(prefix).lower() for key in known))
+            raise FarmemError(f"there is no defect {name!r}", f"defects are: {names}")
+        defects |= value
+    return defects
+
+
+def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
+    modes: dict[bytes, int] = {
+        b"": _native.lib.FM_EVICT_AUTO,
+        b"auto": _native.lib.FM_EVICT_AUTO,
+        b"copy": _native.lib.FM_EVICT_COPY,
+    }
+    name = environment.get(EVICT_VARIABLE, b"")
+    if name not in modes:
+        raise FarmemError(f"there is no way {os.fsdecode(name)!r} to evict", "ways are: auto, copy")
+    return modes[name]
+
+
+@click.command(
+    "run",
+    context_settings={"allow_interspersed_args": False},
+    help="Run CMD with SIZE of local memory; what does not fit is paged to the pool.",
+    epilog="Exit status: that of CMD; 125 when farmem itself fails, 126 when CMD can't be "
+    "executed, 127 when it is not found.",
+)
+@click.option(
+    "-m", "--local", "size", metavar="SIZE", required=True, help="Local memory: 512M, 4G, 1.5GiB."
+)
+@click.option(
+    "--pool",
+    "url",
+    metavar="URL",
+    default="mem:",
+    show_default=True,
+    help="Where pages go: mem: or mem:SIZE. They stay on this host: for trying and testing.",
+)
+@click.option(
+    "--filter",
+    "filters",
+    metavar="NAME[:key=value,...]",
+    multiple=True,
+    help="Put a filter before the pool: checksum, stats, delay:rtt=10us,bandwidth=1G, "
+    "error:fetch=0.01,... May be repeated; the first is outermost.",
+)
+@click.option(
+    "--stats",
+    "stats_path",
+    metavar="FILE",
+    default="",
+    help="Write statistics to FILE (JSON) when the job has ended.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors.")
+@click.option(
+    "--no-pinned-io",
+    is_flag=True,
+    help="Vouch that CMD pins no memory (O_DIRECT, io_uring, RDMA): "
+    "lets kernels before 6.8 be used.",
+)
+@click.argument("words", metavar="[--] CMD [ARG]...", nargs=-1, type=click.UNPROCESSED)
+def command(
+    size: str,
+    url: str,
+    filters: tuple[str, ...],
+    stats_path: str,
+    quiet: bool,
+    no_pinned_io: bool,
+    words: tuple[str, ...],
+) -> NoReturn:
+    """See the help above; never returns where all is well."""
+    environment = inherited_environment()
+    if JOB_VARIABLE in environment:
+        raise FarmemError("this runs in a farmem job already", "leave the inner `farmem run` out")
+    if not words:
+        raise FarmemError("there is no command to run", "type: farmem run -m 1G -- CMD ARG...")
+    budget_bytes = parse_size(size, "local memory")
+    checks.check_budget(budget_bytes)
+    pool = parse_pool(url)
+    parsed = parse_filters(filters)
+    stats = checks.check_stats_path(stats_path) if stats_path else ""
+    library = checks.library_path()
+    search = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
+    path = checks.find_command(words[0], search)
+    checks.check_program(path, search, checks.machine_of(library))
+    access = checks.check_userfaultfd(no_pinned_io)
+    request = Request(
+        command=words,
+        budget_bytes=budget_bytes,
+        pool=pool,
+        filters=parsed,
+        stats_path=stats,
+        quiet=quiet,
+        no_pinned_io=no_pinned_io,
+        userfaultfd_way=access.way,
+        defects=_defects_from(environment),
+        evict_mode=_evict_mode_from(environment),
+    )
+    job = Job(request)
+    launch(job, path, job.environment(environment, library))

@@ -1,0 +1,108 @@
+"""The slots of a job's ledger as the supervisor keeps them: given out, summed up, given back.
+
+A slot's state is changed by compare-and-swap, because engines reserve slots for the
+children they fork at the same time.  Everything else in a slot that is not FREE belongs
+to its process until that has died.
+"""
+
+import time
+from typing import Any
+
+from farmem import _native
+from farmem.job import Job
+
+ffi, lib = _native.ffi, _native.lib
+
+# How long the child of a dead parent may take to say hello before its slot is given back:
+# long for a child that was just forked, short for a job that waits to end.
+FORKING_GRACE_NS = 2_000_000_000
+
+
+class Slots:
+    """The ledger of one job."""
+
+    def __init__(self, job: Job) -> None:
+        self._control: Any = job.control
+        self._ledger: Any = job.ledger.pointer
+        self._pool: Any = job.pool.pointer
+        self._in_use: set[int] = set()
+        self._orphans: dict[int, int] = {}
+        self._names = [name for name, _ in ffi.typeof("struct fm_counters").fields]
+        self._totals = dict.fromkeys(self._names, 0)
+        self.peak_local_bytes = 0
+
+    def _state(self, slot: int) -> Any:
+        return ffi.addressof(self._control.procs[slot], "state")
+
+    def take(self, pid: int) -> int | None:
+        """A free slot for a process; None: the ledger is full."""
+        for slot in range(lib.FM_PROCS_MAX):
+            if self._bind(slot, lib.FM_PROC_FREE, pid):
+                return slot
+        return None
+
+    def take_reserved(self, slot: int, pid: int) -> bool:
+        """The slot that a parent reserved for this child; False: it is not reserved (any more)."""
+        return slot < lib.FM_PROCS_MAX and self._bind(slot, lib.FM_PROC_FORKING, pid)
+
+    def _bind(self, slot: int, state: int, pid: int) -> bool:
+        if not lib.fm_word_swap(self._state(slot), state, lib.FM_PROC_LIVE):
+            return False
+        self._control.procs[slot].pid = pid
+        self._in_use.add(slot)
+        self._orphans.pop(slot, None)
+        return True
+
+    def count_adoption(self, slot: int) -> None:
+        """A userfaultfd of this process has come."""
+        self._control.procs[slot].adoptions += 1
+
+    def give_back(self, slot: int) -> None:
+        """The process is gone: keep its counters, release what it held, free the slot."""
+        proc = self._control.procs[slot]
+        self.sample()
+        for name in self._names:
+            self._totals[name] += getattr(proc.counters, name)
+        self.peak_local_bytes = max(self.peak_local_bytes, proc.counters.peak_local_bytes)
+        proc.state = lib.FM_PROC_DEAD
+        lib.fm_pool_ledger_reap(self._ledger, self._pool, slot)
+        # All but the state first: a slot that reads FREE must be empty.
+        ffi.buffer(ffi.addressof(proc))[4:] = bytes(ffi.sizeof("struct fm_proc") - 4)
+        lib.fm_word_swap(self._state(slot), lib.FM_PROC_DEAD, lib.FM_PROC_FREE)
+        self._in_use.discard(slot)
+
+    @property
+    def has_orphans(self) -> bool:
+        """Whether slots are reserved by parents that are known to have died."""
+        return bool(self._orphans)
+
+    def release_orphans(self) -> bool:
+        """Free the slots reserved by parents that have died; True while some are waited for."""
+        now_ns = time.monotonic_ns()
+        for slot in range(lib.FM_PROCS_MAX):
+            proc = self._control.procs[slot]
+            if proc.state != lib.FM_PROC_FORKING or proc.parent_slot in self._in_use:
+                self._orphans.pop(slot, None)
+                continue
+            since_ns = self._orphans.setdefault(slot, now_ns)
+            forking, dead = lib.FM_PROC_FORKING, lib.FM_PROC_DEAD
+            if now_ns - since_ns > FORKING_GRACE_NS and lib.fm_word_swap(
+                self._state(slot), forking, dead
+            ):
+                del self._orphans[slot]
+                self.give_back(slot)
+        return bool(self._orphans)
+
+    def sample(self) -> None:
+        """Note the job's local memory if it is more than ever before."""
+        local_bytes = sum(self._control.procs[slot].local_bytes for slot in self._in_use)
+        self.peak_local_bytes = max(self.peak_local_bytes, local_bytes)
+
+    def totals(self) -> dict[str, int]:
+        """The counters of every process that has gone, summed; the peak is the job's."""
+        return {**self._totals, "peak_local_bytes": self.peak_local_bytes}
+
+    def pool_peak_bytes(self) -> int:
+        """The most that was ever in the pool."""
+        pages: int = lib.fm_pool_ledger_peak(self._ledger)
+        return pages * int(lib.FM_PAGE_BYTES)

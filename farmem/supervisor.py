@@ -1,0 +1,289 @@
+"""The supervisor of a job: one small process that outlives the command by a moment.
+
+It gives out slots of the ledger, holds a duplicate of every userfaultfd until its process
+has gone (when the last copy goes, missing pages read as zeros, even in a dying program's
+last write), prints what the engine has to say, cleans up after the dead, and writes the
+statistics.  It is forked from the command line's process and must stay small: no heavy
+imports, no descriptor of the caller but stderr, nothing that can block for long.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from farmem import _native
+from farmem.job import Job
+from farmem.messages import Printer, Ring
+from farmem.slots import Slots
+from farmem.statistics import job_statistics, summary, write_statistics
+from farmem.wire import Connection, Hello, Wire, peer_of
+
+lib = _native.lib
+
+POLL_PAGING_SECONDS = 0.02
+POLL_IDLE_SECONDS = 0.05
+# A child may be between its fork and its hello when its parent ends.
+END_GRACE_NS = 60_000_000
+# Long enough for a command's children to end with it and have their summary printed.
+STDERR_GRACE_NS = 100_000_000
+FLUSH_SECONDS = 1.0
+_STDERR = 2
+
+
+class Process:
+    """A process of the job."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.slot: int | None = None
+        self.userfaultfds: list[int] = []
+        self.has_connected = False
+        self.adopted = False
+
+    def has_ended(self) -> bool:
+        """Whether the process that the pidfd stands for has gone (the pid may be another's)."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+class Supervisor:
+    """The loop, and the books that it keeps."""
+
+    def __init__(self, job: Job, root_pid: int, root_pidfd: int) -> None:
+        self._job = job
+        self._slots = Slots(job)
+        self._ring = Ring(job.control, lib.FM_LEVEL_WARNING if job.request.quiet else 0)
+        self._printer = Printer()
+        self._wire = Wire(job.token)
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._processes: dict[int, Process] = {}
+        self._root = Process(root_pid, root_pidfd)
+        self._watch(self._root)
+        self._connected = 0
+        self._adopted = 0
+        self._alone_since_ns = 0
+        self._stderr_kept = True
+        self._handle(job.listener.fileno(), self._accept)
+
+    def run(self) -> None:
+        """Serve until the last process has gone."""
+        while not self._is_over():
+            adopted = any(process.adopted for process in self._processes.values())
+            seconds = POLL_PAGING_SECONDS if adopted else POLL_IDLE_SECONDS
+            for fd, _ in self._epoll.poll(seconds):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler()
+            self._slots.sample()
+            if self._slots.has_orphans:
+                self._slots.release_orphans()
+            self._print_messages()
+
+    def finish(self, was_launched: bool) -> None:
+        """Write what is left of the job."""
+        self._print_messages(is_last=True)
+        if was_launched:
+            statistics = job_statistics(self._job, self._slots, self._connected, self._adopted)
+            if self._job.request.stats_path:
+                self._write_statistics(statistics)
+            line = summary(statistics)
+            if line and not self._job.request.quiet:
+                self._printer.say(line)
+        self._printer.flush(FLUSH_SECONDS)
+
+    def hold_until_gone(self) -> None:
+        """After a failure of ours: serve nobody, but lose no userfaultfd of a live process."""
+        for process in self._processes.values():
+            select.select([process.pidfd], [], [])
+
+    def say(self, text: str) -> None:
+        """Print a line on the caller's stderr."""
+        self._printer.say(f"farmem: {text}")
+
+    def _write_statistics(self, statistics: dict[str, object]) -> None:
+        path = self._job.request.stats_path
+        try:
+            write_statistics(path, statistics)
+        except OSError as error:
+            self.say(f"the statistics could not be written to {path}: {error.strerror}")
+
+    def _is_over(self) -> bool:
+        """The last process has gone, and nobody has come for a moment."""
+        now_ns = time.monotonic_ns()
+        if self._root.pid in self._processes:
+            return False
+        self._alone_since_ns = self._alone_since_ns or now_ns
+        waited_ns = now_ns - self._alone_since_ns
+        if self._processes:
+            # The command has gone and its daemons live on: nobody waits for our words.
+            if self._stderr_kept and waited_ns > STDERR_GRACE_NS:
+                self._stderr_kept = False
+                self._printer.release()
+            return False
+        return waited_ns > END_GRACE_NS and not self._slots.release_orphans()
+
+    def _print_messages(self, is_last: bool = False) -> None:
+        for line in self._ring.read(is_last):
+            self._printer.say(line)
+
+    def _handle(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unhandle(self, fd: int) -> None:
+        del self._handlers[fd]
+        self._epoll.unregister(fd)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._job.listener.accept()
+        except OSError:
+            return  # it gave up, or we are out of descriptors: it will see the job as gone
+        peer = peer_of(sock)
+        if peer is None:
+            sock.close()
+            return
+        connection = Connection(sock, *peer)
+        self._handle(sock.fileno(), lambda: self._serve(connection))
+
+    def _close(self, connection: Connection) -> None:
+        self._unhandle(connection.sock.fileno())
+        connection.close()
+
+    def _serve(self, connection: Connection) -> None:
+        """One message of an engine; whoever says anything unexpected is cut off."""
+        message = self._wire.receive(connection)
+        if message is None:
+            self._close(connection)
+            return
+        kept = False
+        process = self._processes.get(connection.pid) if connection.is_known else None
+        if isinstance(message, Hello):
+            kept = self._welcome(connection, message)
+        elif process is not None:
+            kept = self._adopt(connection, process, message)
+        else:
+            for fd in message:
+                os.close(fd)
+        if not kept:
+            self._close(connection)
+
+    def _welcome(self, connection: Connection, hello: Hello) -> bool:
+        """Give the process a slot, or refuse it."""
+        slot = self._slot_for(connection, hello) if hello.is_valid else None
+        if slot is None:
+            self._wire.send_refused(connection)
+            return False
+        connection.is_known = True
+        job = self._job
+        fds = [job.control_memory.fd, job.ledger.fd, job.pool.fd]
+        return self._wire.send_welcome(connection, slot, fds)
+
+    def _slot_for(self, connection: Connection, hello: Hello) -> int | None:
+        process = self._processes.get(connection.pid)
+        if process is not None and process.has_ended():
+            self._end(process)
+            process = None
+        if process is not None and process.slot is not None:
+            self._forget_image(process)
+        if hello.slot == lib.FM_SLOT_ANY:
+            slot = self._slots.take(connection.pid)
+        else:
+            slot = hello.slot if self._slots.take_reserved(hello.slot, connection.pid) else None
+        if slot is None:
+            return None
+        if process is None:
+            process = Process(connection.pid, connection.take_pidfd())
+            self._watch(process)
+        if not process.has_connected:
+            process.has_connected = True
+            self._connected += 1
+        process.slot = slot
+        return slot
+
+    def _adopt(self, connection: Connection, process: Process, fds: list[int]) -> bool:
+        """Keep the duplicates until the process has gone."""
+        if self._job.control.defects & lib.FM_DEFECT_NO_DUPLICATE:
+            for fd in fds:
+                os.close(fd)
+        else:
+            process.userfaultfds += fds
+        if not process.adopted:
+            process.adopted = True
+            self._adopted += 1
+        if process.slot is not None:
+            self._slots.count_adoption(process.slot)
+        return self._wire.send_ack(connection, process.slot)
+
+    def _watch(self, process: Process) -> None:
+        self._processes[process.pid] = process
+        self._handle(process.pidfd, lambda: self._end(process))
+
+    def _forget_image(self, process: Process) -> None:
+        """What the process ran is gone (it died, or it has executed something else)."""
+        for fd in process.userfaultfds:
+            os.close(fd)
+        process.userfaultfds = []
+        if process.slot is not None:
+            self._slots.give_back(process.slot)
+        process.slot = None
+
+    def _end(self, process: Process) -> None:
+        self._unhandle(process.pidfd)
+        self._forget_image(process)
+        os.close(process.pidfd)
+        del self._processes[process.pid]
+        self._slots.release_orphans()
+
+
+def _drop_callers_descriptors() -> None:
+    """Close what the command is about to inherit: a pipe's reader waits for its last writer.
+
+    All that is ours is close-on-exec, all that is the caller's is not.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        with contextlib.suppress(OSError):  # the folder's own descriptor is gone by now
+            if fd > _STDERR and not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                os.close(fd)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _become_supervisor() -> None:
+    _drop_callers_descriptors()
+    os.chdir("/")
+    # Whoever stops the job (a service manager, a container's end) signals every process of
+    # it. We must outlive the program all the same: its last writes need our duplicates of
+    # its userfaultfds, and its statistics are still to be written. We end by ourselves.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write("farmem-job")
+
+
+def supervise(job: Job, root_pid: int, root_pidfd: int, called_off: int) -> NoReturn:
+    """Be the supervisor of a job; called_off is readable when the command could not start."""
+    status = 1
+    try:
+        _become_supervisor()
+        supervisor = Supervisor(job, root_pid, root_pidfd)
+        try:
+            supervisor.run()
+            supervisor.finish(was_launched=not os.read(called_off, 1))
+            status = 0
+        except Exception as error:
+            supervisor.say(f"the supervisor failed: {type(error).__name__}: {error}")
+            supervisor.hold_until_gone()
+    finally:
+        os._exit(status)

@@ -1,0 +1,136 @@
+"""The job's socket as the supervisor speaks it: struct fm_wire over SOCK_SEQPACKET.
+
+Anybody on the host can connect to an abstract socket: nothing is believed before the
+token, and the pid is the kernel's word, never the message's.
+"""
+
+import contextlib
+import hmac
+import os
+import socket
+import struct
+from typing import Any, NamedTuple
+
+from farmem import _native
+
+ffi, lib = _native.ffi, _native.lib
+
+FDS_MAX = 8
+_SO_PEERPIDFD = 77  # Linux 6.5; not in Python's socket yet
+_CREDENTIALS = struct.Struct("iII")
+_WIRE_BYTES: int = ffi.sizeof("struct fm_wire")
+
+
+class Hello(NamedTuple):
+    """An engine asks for a slot."""
+
+    is_valid: bool
+    slot: int
+
+
+class Connection:
+    """One engine's connection."""
+
+    def __init__(self, sock: socket.socket, pid: int, pidfd: int) -> None:
+        self.sock = sock
+        self.pid = pid
+        self._pidfd = pidfd
+        self.is_known = False
+
+    def take_pidfd(self) -> int:
+        """The pidfd of the peer, which is the caller's from now on."""
+        pidfd, self._pidfd = self._pidfd, -1
+        return pidfd if pidfd >= 0 else os.pidfd_open(self.pid)
+
+    def close(self) -> None:
+        """Close the socket, and the pidfd unless somebody took it."""
+        self.sock.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int] | None:
+    """The pid at the other end, and a pidfd of it; None when it has gone."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(data)[0]
+    if pid <= 0:
+        return None  # of a pid namespace that we can't see
+    try:
+        return pid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError:
+        pass
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+class Wire:
+    """Reads and writes messages."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+
+    def receive(self, connection: Connection) -> Hello | list[int] | None:
+        """A hello, or the userfaultfds of an adoption; None: the connection is to be closed."""
+        ancillary_bytes = socket.CMSG_SPACE(FDS_MAX * 4)
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        try:
+            data, ancillary, got, _ = connection.sock.recvmsg(
+                _WIRE_BYTES + 1, ancillary_bytes, flags
+            )
+        except OSError:
+            return None
+        fds = _descriptors(ancillary)
+        if len(data) == _WIRE_BYTES and not got & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            wire = ffi.from_buffer("struct fm_wire *", data)
+            if wire.magic == lib.FM_CONTROL_MAGIC:
+                if wire.kind == lib.FM_WIRE_HELLO and not fds:
+                    return Hello(self._is_ours(wire), wire.slot)
+                if wire.kind == lib.FM_WIRE_ADOPT and fds:
+                    return fds
+        for fd in fds:
+            os.close(fd)
+        return None
+
+    def _is_ours(self, wire: Any) -> bool:
+        token = bytes(ffi.buffer(wire.token))
+        return wire.version == lib.FM_CONTROL_VERSION and hmac.compare_digest(token, self._token)
+
+    def send_welcome(self, connection: Connection, slot: int, fds: list[int]) -> bool:
+        """Tell the slot, and hand over the job's memory."""
+        return _send(connection, lib.FM_WIRE_WELCOME, slot, fds)
+
+    def send_ack(self, connection: Connection, slot: int | None) -> bool:
+        """The duplicate is held."""
+        return _send(connection, lib.FM_WIRE_ACK, lib.FM_SLOT_ANY if slot is None else slot, [])
+
+    def send_refused(self, connection: Connection) -> None:
+        """Not of this job, of another version, or no room."""
+        _send(connection, lib.FM_WIRE_REFUSED, lib.FM_SLOT_ANY, [])
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(data) // 4
+            fds += struct.unpack(f"{whole}i", data[: whole * 4])
+    return fds
+
+
+def _send(connection: Connection, kind: int, slot: int, fds: list[int]) -> bool:
+    wire = ffi.new("struct fm_wire *")
+    wire.magic = lib.FM_CONTROL_MAGIC
+    wire.version = lib.FM_CONTROL_VERSION
+    wire.kind = kind
+    wire.pid = connection.pid
+    wire.slot = slot
+    message = bytes(ffi.buffer(wire))
+    with contextlib.suppress(OSError):
+        # An engine that does not read its answers is cut off: MSG_DONTWAIT.
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        ancillary = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
+        sent = connection.sock.sendmsg([message], [ancillary] if fds else [], flags)
+        return sent == _WIRE_BYTES
+    return False

@@ -1,0 +1,289 @@
+/* events.c - what the program does to its address space: discard, unmap, move.
+ *
+ * Called with the world held exclusively, by the thread that read the event, in the same critical section; nothing
+ * here changes residency or waits.  Two threads' events can be read in another order than that in which
+ * the kernel acted.  If a mapping is moved onto a range that by our books is still in use, then the
+ * event that ends the old use is still to come: the old records wait for it in limbo, and the
+ * range is noted as a debt, so that the late event does not hit the new pages.
+ */
+#include <stddef.h>
+
+#include "core/core.h"
+#include "fm_assert.h"
+
+/* Calls for each block's part of a range; skips what has no record. */
+struct walk {
+    uint64_t page, end;       /* what is left */
+    struct fm_block *b;
+    uint32_t i, n;
+};
+
+static bool walk_next(struct fm_core *c, struct walk *w)
+{
+    while (w->page < w->end) {
+        uint64_t no = w->page / FM_BLOCK_PAGES;
+        uint64_t leaf_end = ((no >> FM_TABLE_BITS) + 1) << FM_TABLE_BITS;
+        if (no >= (uint64_t)FM_TABLE_SIZE * FM_TABLE_SIZE)
+            return false;
+        if (c->table[no >> FM_TABLE_BITS] == NULL) {
+            w->page = leaf_end * FM_BLOCK_PAGES;
+            continue;
+        }
+        w->b = fm_block_find(c, w->page);
+        w->i = (uint32_t)(w->page % FM_BLOCK_PAGES);
+        uint64_t left = w->end - w->page;
+        w->n = left < FM_BLOCK_PAGES - w->i ? (uint32_t)left : FM_BLOCK_PAGES - w->i;
+        w->page += w->n;
+        if (w->b != NULL)
+            return true;
+    }
+    return false;
+}
+
+/* ---- discard ----------------------------------------------------------------------------------- */
+
+static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    uint8_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED;
+    if ((b->flags[i] & FM_DROPPING) != 0) {
+        /* One event is our own drop's.  Should the program discard the page at the same time there are two, and it does
+         * not matter which is taken for which. */
+        b->flags[i] &= (uint8_t)~FM_DROPPING;
+        return;
+    }
+    b->flags[i] |= FM_DISCARDED;
+    switch ((enum fm_state)b->state[i]) {
+    case FM_FRESH:
+        break;
+    case FM_RESIDENT:
+        fm_slot_detach(c, b, i);
+        if (fm_defect(c, REMOVE_IS_FRESH)) {
+            fm_state_set(c, b, i, FM_FRESH);
+            b->flags[i] &= (uint8_t)~FM_DISCARDED;
+            fm_charge(c, -1);
+        }
+        break;
+    case FM_LEAVING:
+        if (b->frame[i] != FM_FRAME_NONE && c->frame[b->frame[i]].dropping) {
+            fm_slot_detach(c, b, i);   /* our drop is still to come, so nothing may be put there; its end sees no slot */
+            break;
+        }
+        fm_page_forget(c, b, i, keep);
+        break;
+    default:
+        fm_page_forget(c, b, i, keep);
+        fm_add(c->count->pages_discarded, 1);
+        break;
+    }
+}
+
+void fm_core_removed(struct fm_core *c, uint64_t page, uint64_t n)
+{
+    fm_add(c->count->events_remove, 1);
+    if (fm_defect(c, IGNORE_REMOVE) && c->evict_mode != FM_EVICT_COPY)
+        return;
+    struct walk w = { .page = page, .end = page + n };
+    uint64_t covered = 0;
+    while (walk_next(c, &w)) {
+        covered += w.n;
+        for (uint32_t i = w.i; i < w.i + w.n; i++)
+            remove_page(c, w.b, i);
+    }
+    if (covered < n) {
+        if (c->hull_first == c->hull_end)
+            c->hull_first = c->hull_end = page;
+        c->hull_first = page < c->hull_first ? page : c->hull_first;
+        c->hull_end = page + n > c->hull_end ? page + n : c->hull_end;
+    }
+}
+
+/* ---- limbo ------------------------------------------------------------------------------------- */
+
+static struct fm_block *limbo_find(struct fm_core *c, uint64_t page)
+{
+    struct fm_block *b = fm_block_of_owner(c, page | FM_LIMBO_BIT);
+    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
+    return b != NULL && (b->limbo_mask[i / 64] >> (i % 64) & 1) != 0 ? b : NULL;
+}
+
+static struct fm_block *limbo_get(struct fm_core *c, uint64_t page)
+{
+    struct fm_block *b = fm_block_of_owner(c, page | FM_LIMBO_BIT);
+    if (b == NULL) {
+        b = c->blocks_free;
+        if (b != NULL)
+            c->blocks_free = b->next;
+        else
+            b = c->ops->block_memory(c->ctx);
+        fm_assert(b != NULL);         /* without a place for the record bytes would be lost: stop */
+        __builtin_memset(b, 0, sizeof *b);
+        b->page = (page - page % FM_BLOCK_PAGES) | FM_LIMBO_BIT;
+        b->extent = FM_EXTENT_NONE;
+        b->next = c->limbo;
+        c->limbo = b;
+    }
+    return b;
+}
+
+static void limbo_drop(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    uint64_t any = 0;
+    b->limbo_mask[i / 64] &= ~(1ull << (i % 64));
+    for (uint32_t w = 0; w < FM_BLOCK_PAGES / 64; w++)
+        any |= b->limbo_mask[w];
+    if (any != 0)
+        return;
+    struct fm_block **at = &c->limbo;
+    while (*at != b)
+        at = &(*at)->next;
+    *at = b->next;
+    b->next = c->blocks_free;
+    c->blocks_free = b;
+}
+
+/* ---- a record moves ---------------------------------------------------------------------------- */
+
+/* A page that is being copied out is still the program's, wherever it goes: the copy is given up.  Were it being
+ * dropped as well, only a look at the new place tells which was first, the drop or the move. */
+static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t now_at)
+{
+    uint32_t f = b->frame[i];
+    uint64_t there = 1;
+    if (b->state[i] != FM_LEAVING || f == FM_FRAME_NONE || !c->frame[f].copied)
+        return;
+    if (now_at != FM_PAGE_NONE)
+        c->ops->present(c->ctx, now_at, 1, &there);
+    if (c->frame[f].io != 0 || b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) == 0)
+        there = 1;                           /* not stored yet, so it can't have been dropped */
+    c->frame[f].page = FM_PAGE_NONE;
+    if ((there & 1) != 0)
+        fm_slot_detach(c, b, i);
+    b->frame[i] = FM_FRAME_NONE;
+    b->flags[i] &= (uint8_t)~FM_DROPPING;
+    fm_state_set(c, b, i, (there & 1) != 0 ? FM_RESIDENT : FM_REMOTE);
+    if ((there & 1) == 0)
+        fm_charge(c, -1);
+}
+
+/* QUEUED belongs to the address, everything else to the page. */
+static void record_move(struct fm_core *c, struct fm_block *from, uint32_t i, struct fm_block *to, uint32_t j)
+{
+    uint8_t moves = FM_DISCARDED | FM_HASHED | FM_KEEP;
+    to->state[j] = from->state[i];
+    to->flags[j] = (uint8_t)((to->flags[j] & FM_QUEUED) | (from->flags[i] & (moves | FM_MARKER)));
+    to->slot[j] = from->slot[i];
+    to->frame[j] = from->frame[i];
+    to->hash[j][0] = from->hash[i][0];
+    to->hash[j][1] = from->hash[i][1];
+    if (to->frame[j] != FM_FRAME_NONE)
+        c->frame[to->frame[j]].page = to->page + j;
+    if ((from->flags[i] & FM_WAITING) != 0 && !fm_in_limbo(from))
+        c->ops->wake(c->ctx, from->page + i, 1);
+    from->state[i] = FM_FRESH;
+    from->slot[i] = FM_SLOT_NONE;
+    from->frame[i] = FM_FRAME_NONE;
+    from->flags[i] &= FM_QUEUED;
+}
+
+static void into_limbo(struct fm_core *c, uint64_t page)
+{
+    struct fm_block *b = fm_block_find(c, page);
+    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
+    if (b == NULL)
+        return;
+    if (b->state[i] != FM_FRESH) {
+        struct fm_block *l = limbo_get(c, page);
+        copy_given_up(c, b, i, FM_PAGE_NONE);
+        fm_assert((l->limbo_mask[i / 64] >> (i % 64) & 1) == 0);
+        l->limbo_mask[i / 64] |= 1ull << (i % 64);
+        l->flags[i] = 0;
+        record_move(c, b, i, l, i);
+    }
+    b->flags[i] &= FM_QUEUED;
+}
+
+/* The old use of [page, end), as far as a debt says that it was ended out of order. */
+static void limbo_unmapped(struct fm_core *c, uint64_t page, uint64_t end)
+{
+    for (; page < end; page++) {
+        struct fm_block *l = limbo_find(c, page);
+        if (l == NULL)
+            continue;
+        fm_page_forget(c, l, (uint32_t)(page % FM_BLOCK_PAGES), 0);
+        limbo_drop(c, l, (uint32_t)(page % FM_BLOCK_PAGES));
+    }
+}
+
+static void live_unmapped(struct fm_core *c, uint64_t page, uint64_t end)
+{
+    struct walk w = { .page = page, .end = end };
+    while (walk_next(c, &w)) {
+        for (uint32_t i = w.i; i < w.i + w.n; i++)
+            fm_page_forget(c, w.b, i, FM_QUEUED);
+        if (w.n == FM_BLOCK_PAGES)
+            fm_block_free(c, w.b);
+    }
+    fm_ranges_cut(c, &c->managed, page, end);
+}
+
+void fm_core_managed(struct fm_core *c, uint64_t page, uint64_t n)
+{
+    fm_ranges_add(c, &c->managed, page, page + n);
+}
+
+void fm_core_unmapped(struct fm_core *c, uint64_t page, uint64_t n)
+{
+    struct fm_range debt;
+    uint64_t end = page + n;
+    fm_add(c->count->events_unmap, 1);
+    if (fm_defect(c, IGNORE_UNMAP))
+        return;
+    while (page < end && fm_ranges_next(&c->debts, page, end, &debt)) {
+        if (debt.page > page)
+            live_unmapped(c, page, debt.page);
+        limbo_unmapped(c, debt.page, debt.end);
+        fm_ranges_cut(c, &c->debts, debt.page, debt.end);
+        page = debt.end;
+    }
+    if (page < end)
+        live_unmapped(c, page, end);
+}
+
+/* One page's record goes from its old place to its new one. */
+static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
+{
+    struct fm_block *b = limbo_find(c, from);
+    bool owed = b != NULL;
+    uint32_t i = (uint32_t)(from % FM_BLOCK_PAGES), j = (uint32_t)(to % FM_BLOCK_PAGES);
+    if (!owed)
+        b = fm_block_find(c, from);
+    if (b == NULL || (b->state[i] == FM_FRESH && (b->flags[i] & ~FM_QUEUED) == 0))
+        return;
+    struct fm_block *d = fm_block_get(c, to);
+    fm_assert(d != NULL);                    /* without a record its bytes would be lost: stop */
+    copy_given_up(c, b, i, to);
+    record_move(c, b, i, d, j);
+    if (owed)
+        limbo_drop(c, b, i);
+    if (d->state[j] == FM_RESIDENT && (d->flags[j] & FM_QUEUED) == 0) {
+        d->flags[j] |= FM_QUEUED;
+        fm_queue_push(c, to, 1);
+    }
+}
+
+void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
+{
+    struct fm_range old;
+    fm_add(c->count->events_remap, 1);
+    if (fm_defect(c, IGNORE_REMAP))
+        return;
+    for (uint64_t at = to; at < to + n && fm_ranges_next(&c->managed, at, to + n, &old); at = old.end) {
+        for (uint64_t p = old.page; p < old.end; p++)
+            into_limbo(c, p);
+        fm_ranges_add(c, &c->debts, old.page, old.end);
+    }
+    for (uint64_t k = 0; k < n; k++)
+        remap_page(c, from + k, to + k);
+    /* The kernel ends the old range with an UNMAP of its own (unless MREMAP_DONTUNMAP keeps it): it stays in the list. */
+    fm_ranges_add(c, &c->managed, to, to + n);
+}

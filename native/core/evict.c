@@ -1,0 +1,583 @@
+/* evict.c - pages leave: moved (or, where moving is refused, copied) out, hashed, stored when they changed.
+ *
+ * Runs on the evictor's thread alone, in batches.  The first half moves pages into empty frames, where nobody
+ * can write to them any more; the second looks at the bytes and decides: all zeros, the same
+ * as in the pool, or to be stored.  Only an acknowledged store lets a frame be used again.
+ * The copy path leaves the page write-protected in the program until its store is acknowledged, and drops it then.
+ */
+#include <stddef.h>
+
+#include "core/core.h"
+#include "fm_assert.h"
+
+#define BATCH_MAX 64u
+
+/* Frames that hold pages on their way out. */
+struct batch {
+    uint32_t n;
+    uint32_t frame[BATCH_MAX];
+};
+
+static uint64_t slot_place(const struct fm_block *b, uint32_t i)
+{
+    return (uint64_t)b->extent * FM_EXTENT_SLOTS + i;
+}
+
+static bool slot_usable(struct fm_core *c, const struct fm_block *b, uint32_t i)
+{
+    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
+        return true;
+    return b->extent != FM_EXTENT_NONE &&
+           __atomic_load_n(&c->ledger.slot_refs[slot_place(b, i)], __ATOMIC_ACQUIRE) == 0;
+}
+
+/* Capacity is granted before a page leaves: it has a slot of its own, or its block has an extent with its place free. */
+static bool slot_grant(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    if (slot_usable(c, b, i))
+        return true;
+    struct fm_block *before = fm_block_find(c, b->page - 1);
+    uint32_t hint = before != NULL && before->extent != FM_EXTENT_NONE ? before->extent + 1 : FM_EXTENT_NONE;
+    uint32_t e = fm_extent_take(&c->ledger, hint);
+    if (e == FM_EXTENT_NONE)
+        return false;
+    if (b->extent != FM_EXTENT_NONE)
+        fm_extent_release(&c->ledger, b->extent);
+    b->extent = e;
+    return slot_usable(c, b, i);
+}
+
+static bool evictable(const struct fm_block *b, uint32_t i)
+{
+    return b->state[i] == FM_RESIDENT && (b->flags[i] & FM_KEEP) == 0;
+}
+
+/* Pages b[i..i+n) are in frames f.. now, or will be copied there. */
+static void leaving(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f, uint32_t n, bool copied, struct batch *batch)
+{
+    for (uint32_t k = 0; k < n; k++) {
+        struct fm_frame *fr = &c->frame[f + k];
+        fm_state_set(c, b, i + k, FM_LEAVING);
+        b->frame[i + k] = f + k;
+        fr->page = b->page + i + k;
+        fr->copied = copied;
+        fr->dirty = 1;
+        fm_assert(batch->n < BATCH_MAX);
+        batch->frame[batch->n++] = f + k;
+    }
+}
+
+/* The page stays for now, and comes up again when the others have had their turn. */
+static void to_the_back(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    b->flags[i] |= FM_QUEUED;
+    fm_queue_push(c, b->page + i, 1);
+}
+
+/* ---- the copy path ------------------------------------------------------------------------- */
+
+/* Write-protect b[i] and mark it; its bytes are read when no lock is held. */
+static enum fm_res copy_begin(struct fm_core *c, struct fm_block *b, uint32_t i, struct batch *batch)
+{
+    uint32_t f, made;
+    if (fm_frames_take(c, FM_FRAME_FREE, 1, &f) == 0) {
+        if (fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0)
+            return FM_FAIL;
+        if (c->ops->fill_frames(c->ctx, f, 1, &made) != FM_OK) {
+            fm_frames_put(c, f, 1, FM_FRAME_EMPTY);
+            return FM_AGAIN;
+        }
+        fm_charge(c, 1);
+    }
+    enum fm_res r = fm_defect(c, DROP_UNREAD) ? FM_OK : c->ops->protect(c->ctx, b->page + i, 1, true);
+    if (r != FM_OK) {
+        fm_frames_put(c, f, 1, FM_FRAME_FREE);
+        return r;
+    }
+    leaving(c, b, i, f, 1, true, batch);
+    return FM_OK;
+}
+
+/* The copy of frame f's page is of no use: the page stays in the program. */
+static void copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
+{
+    uint64_t there;
+    b->frame[i] = FM_FRAME_NONE;
+    fm_frames_put(c, f, 1, FM_FRAME_FREE);
+    c->ops->present(c->ctx, b->page + i, 1, &there);
+    if ((there & 1) == 0 && (b->flags[i] & FM_DISCARDED) != 0) {
+        fm_state_set(c, b, i, FM_FRESH);
+        fm_charge(c, -1);
+        c->ops->wake(c->ctx, b->page + i, 1);
+        return;
+    }
+    fm_page_resident(c, b, i, 1);
+    c->ops->protect(c->ctx, b->page + i, 1, false);
+}
+
+/* Is frame f still that of a page on its way out?  If so: inside its block.  An orphan is put back. */
+static struct fm_block *enter_leaving(struct fm_core *c, uint32_t f)
+{
+    c->ops->enter(c->ctx);
+    struct fm_block *b = fm_block_of_owner(c, c->frame[f].page);
+    if (b == NULL) {
+        fm_frames_put(c, f, 1, FM_FRAME_FREE);
+        c->ops->leave(c->ctx);
+        return NULL;
+    }
+    fm_lock_take(&b->lock);
+    uint32_t i = (uint32_t)(c->frame[f].page - b->page);
+    fm_assert(b->frame[i] == f && b->state[i] == FM_LEAVING);
+    return b;
+}
+
+static bool copy_read(struct fm_core *c, uint32_t f)
+{
+    uint64_t owner = __atomic_load_n(&c->frame[f].page, __ATOMIC_RELAXED);
+    if (owner != FM_PAGE_NONE && (owner & FM_LIMBO_BIT) == 0 && c->ops->read_page(c->ctx, owner, f))
+        return true;
+    struct fm_block *b = enter_leaving(c, f);
+    if (b != NULL) {
+        copy_undo(c, b, (uint32_t)(c->frame[f].page - b->page), f);
+        fm_block_leave(c, b);
+    }
+    return false;
+}
+
+/* ---- the first half: out of the program ------------------------------------------------------- */
+
+static bool copying(const struct fm_core *c) { return !c->can_move || c->evict_mode == FM_EVICT_COPY; }
+
+enum step { STEP_OK, STEP_RETRY, STEP_FULL, STEP_FRAMES };
+
+struct run {
+    uint64_t page;
+    uint32_t n;
+    uint32_t first, frames;      /* empty frames in hand */
+    bool unshared;               /* the sharing has been ended: what is busy now is pinned */
+    uint32_t busy;               /* stopped there: pages to be unshared */
+};
+
+/* MOVE refused b[i]. */
+static enum step refused(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_res r, struct run *run, struct batch *batch)
+{
+    uint64_t there;
+    switch (r) {
+    case FM_AGAIN:
+        return STEP_RETRY;
+    case FM_BUSY:
+        if (!run->unshared) {
+            run->busy = 1;
+            return STEP_OK;
+        }
+        fm_add(c->count->pages_pinned, 1);
+        if (fm_defect(c, COPY_PINNED))
+            return copy_begin(c, b, i, batch) == FM_AGAIN ? STEP_RETRY : STEP_OK;
+        to_the_back(c, b, i);
+        return STEP_OK;
+    case FM_REFUSED:
+        r = copy_begin(c, b, i, batch);
+        if (r == FM_OK || r == FM_AGAIN || r == FM_FAIL)
+            return r == FM_OK ? STEP_OK : r == FM_AGAIN ? STEP_RETRY : STEP_FRAMES;
+        break;
+    default:
+        break;
+    }
+    c->ops->present(c->ctx, b->page + i, 1, &there);
+    if ((there & 1) != 0) {
+        to_the_back(c, b, i);
+    } else if ((b->flags[i] & FM_DISCARDED) != 0) {
+        fm_state_set(c, b, i, FM_FRESH);
+        fm_charge(c, -1);
+    }
+    return STEP_OK;
+}
+
+/* Move what can be moved of run (which lies in b) until its frames are used up or it ends; run is shortened
+ * from the front by what was dealt with. */
+static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run, struct batch *batch)
+{
+    enum step s = STEP_OK;
+    bool copy = copying(c);
+    while (run->n > 0 && s == STEP_OK && run->busy == 0) {
+        uint32_t i = (uint32_t)(run->page - b->page), n = 0, done = 0;
+        enum fm_res r = FM_REFUSED;
+        if (batch->n == BATCH_MAX)
+            return STEP_FRAMES;
+        if (evictable(b, i) && !slot_grant(c, b, i))
+            return STEP_FULL;
+        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(b, i + n) && slot_grant(c, b, i + n))
+            n++;
+        if (n == 0 && evictable(b, i) && !copy)
+            return STEP_FRAMES;
+        if (n > 0 && !copy)
+            r = c->ops->move_out(c->ctx, run->page, run->first, n, &done);
+        if (done > 0) {
+            leaving(c, b, i, run->first, done, false, batch);
+            fm_add(c->count->pages_moved_out, done);
+            run->first += done;
+            run->frames -= done;
+        }
+        for (uint32_t k = 0; k < done; k++)
+            b->flags[i + k] &= (uint8_t)~FM_QUEUED;
+        run->page += done;
+        run->n -= done;
+        if (done > 0 && (r == FM_OK || run->n == 0 || batch->n == BATCH_MAX))
+            continue;
+        b->flags[i + done] &= (uint8_t)~FM_QUEUED;
+        if (evictable(b, i + done))
+            s = refused(c, b, i + done, r, run, batch);
+        if (s == STEP_OK && run->busy == 0) {
+            run->page++;
+            run->n--;
+        } else {
+            b->flags[i + done] |= FM_QUEUED;
+        }
+    }
+    return s;
+}
+
+/* One entry of the queue.  What is left of it goes back to the queue's head. */
+static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *batch)
+{
+    enum step s = STEP_OK;
+    uint32_t before = batch->n;
+    while (run->n > 0 && s == STEP_OK) {
+        if (run->busy != 0) {
+            /* Making a page private can fault on one that was just discarded: zeros must be had then. */
+            __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+            c->ops->unshare(c->ctx, run->page, run->n);
+            __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+            fm_add(c->count->pages_unshared, run->n);
+            run->unshared = true;
+            run->busy = 0;
+        }
+        if (run->frames == 0 && !copying(c))
+            run->frames = fm_frames_take(c, FM_FRAME_EMPTY, run->n, &run->first);
+        c->ops->enter(c->ctx);
+        struct fm_block *b = fm_block_find(c, run->page);
+        if (b != NULL) {
+            fm_lock_take(&b->lock);
+            s = move_run(c, b, run, batch);
+            fm_lock_drop(&b->lock);
+        } else {
+            run->n = 0;
+        }
+        c->ops->leave(c->ctx);
+        if (s == STEP_FRAMES && batch->n == before && run->frames == 0)
+            break;
+        if (s == STEP_FRAMES && batch->n < BATCH_MAX && run->frames == 0 && !copying(c)) {
+            run->frames = fm_frames_take(c, FM_FRAME_EMPTY, run->n, &run->first);
+            s = run->frames > 0 ? STEP_OK : s;
+        }
+    }
+    if (run->frames > 0)
+        fm_frames_put(c, run->first, run->frames, FM_FRAME_EMPTY);
+    run->frames = 0;
+    if (run->n > 0)
+        fm_queue_unpop(c, run->page, run->n);
+    return s;
+}
+
+/* ---- the second half: what becomes of the bytes ---------------------------------------------- */
+
+/* A dirty page gets the slot that its bytes will be stored in. */
+static void slot_assign(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
+        return;
+    fm_slot_detach(c, b, i);
+    bool granted = slot_grant(c, b, i);
+    if (granted && fm_slot_take(&c->ledger, (uint32_t)slot_place(b, i)))
+        b->slot[i] = (uint32_t)slot_place(b, i);
+}
+
+static void to_drop(struct fm_core *c, uint32_t f)
+{
+    fm_lock_take(&c->drops_lock);
+    fm_assert(c->drops_n < FM_FRAMES_MAX);
+    c->drops[c->drops_n++] = f;
+    fm_lock_drop(&c->drops_lock);
+}
+
+/* The bytes can be had without frame f (clean, or zeros). */
+static void decided(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f, bool zero)
+{
+    bool waiting = (b->flags[i] & FM_WAITING) != 0;
+    enum fm_res r = FM_OK;
+    c->frame[f].dirty = 0;
+    if (c->frame[f].copied) {
+        to_drop(c, f);
+        return;
+    }
+    fm_state_set(c, b, i, FM_STAGED);
+    if (waiting && !fm_in_limbo(b) && fm_install(c, b, i, f, 1, &r) == 1) {
+        fm_add(c->count->faults_rescue, 1);
+        return;
+    }
+    b->flags[i] &= (uint8_t)~FM_WAITING;
+    if (zero) {
+        b->frame[i] = FM_FRAME_NONE;
+        fm_frames_put(c, f, 1, FM_FRAME_FREE);
+        fm_state_set(c, b, i, FM_FRESH);
+    } else {
+        fm_frame_stage(c, f);
+    }
+    if (waiting && !fm_in_limbo(b))
+        c->ops->wake(c->ctx, b->page + i, 1);
+}
+
+/* The pool has no place after all (its extent went to another use): keep the page local. */
+static void no_slot(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
+{
+    enum fm_res r;
+    if (c->frame[f].copied) {
+        copy_undo(c, b, i, f);
+        return;
+    }
+    fm_state_set(c, b, i, FM_STAGED);      /* dirty: fm_core_evict() puts it back if this fails */
+    if (fm_in_limbo(b) || fm_install(c, b, i, f, 1, &r) == 0)
+        c->ops->wake(c->ctx, b->page + i, 1);
+}
+
+/* True: frame f's page must be stored; its transfer's slot is set. */
+static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
+{
+    struct fm_frame *fr = &c->frame[f];
+    struct fm_block *b = enter_leaving(c, f);
+    if (b == NULL)
+        return false;
+    uint32_t i = (uint32_t)(fr->page - b->page);
+    bool store = false;
+    bool clean = b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0 &&
+                 ((b->hash[i][0] == h[0] && b->hash[i][1] == h[1]) || fm_defect(c, SKIP_STORE));
+    fm_add(c->count->pages_evicted, 1);
+    if (fr->copied)
+        fm_add(c->count->pages_copied_out, 1);
+    if (zero) {
+        fm_slot_detach(c, b, i);
+        fm_add(c->count->pages_dropped_zero, 1);
+        decided(c, b, i, f, true);
+    } else if (clean) {
+        fm_add(c->count->pages_dropped_clean, 1);
+        decided(c, b, i, f, false);
+    } else {
+        slot_assign(c, b, i);
+        if (b->slot[i] == FM_SLOT_NONE) {
+            no_slot(c, b, i, f);
+        } else {
+            b->flags[i] &= (uint8_t)~FM_HASHED;
+            b->hash[i][0] = h[0];
+            b->hash[i][1] = h[1];
+            fr->slot = b->slot[i];
+            fr->io = FM_IO_STORE;
+            if (!fr->copied)
+                fm_state_set(c, b, i, FM_STAGED);
+            store = true;
+        }
+    }
+    fm_block_leave(c, b);
+    return store;
+}
+
+static void store_runs(struct fm_core *c, const uint32_t *frame, uint32_t n)
+{
+    for (uint32_t k = 0; k < n;) {
+        uint32_t f = frame[k], slot = c->frame[f].slot, run = 1;
+        while (k + run < n && run < FM_WINDOW_MAX && frame[k + run] == f + run && c->frame[f + run].slot == slot + run)
+            run++;
+        fm_add(c->count->pages_stored, run);
+        c->frame[f].transfer = (struct fm_io){ .kind = FM_IO_STORE, .n = run, .frame = f, .slot = slot };
+        k += run;
+        c->ops->submit(c->ctx, &c->frame[f].transfer);
+    }
+}
+
+static void finish(struct fm_core *c, struct batch *batch)
+{
+    uint32_t store[BATCH_MAX], n = 0;
+    for (uint32_t k = 0; k < batch->n; k++) {
+        uint32_t f = batch->frame[k];
+        uint64_t h[2];
+        if (c->frame[f].copied && !copy_read(c, f))
+            continue;
+        bool zero = c->ops->hash(c->ctx, f, h);
+        if (judge(c, f, h, zero))
+            store[n++] = f;
+    }
+    store_runs(c, store, n);
+    batch->n = 0;
+}
+
+/* ---- the copy path's end: drop what is safely stored ----------------------------------------- */
+
+/* Mark the page of frame f as being dropped by us; false: it is not to be dropped any more. */
+static bool drop_begin(struct fm_core *c, uint32_t f, uint64_t *page)
+{
+    struct fm_block *b = enter_leaving(c, f);
+    if (b == NULL)
+        return false;
+    bool ok = !fm_in_limbo(b);
+    *page = c->frame[f].page;
+    b->flags[*page % FM_BLOCK_PAGES] |= ok ? FM_DROPPING : 0;
+    c->frame[f].dropping = ok;
+    fm_block_leave(c, b);
+    return ok;
+}
+
+static void drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
+{
+    uint64_t there = 0;
+    c->frame[f].dropping = 0;
+    struct fm_block *b = enter_leaving(c, f);
+    if (b == NULL)
+        return;
+    uint32_t i = (uint32_t)(c->frame[f].page - b->page);
+    b->flags[i] &= (uint8_t)~FM_DROPPING;
+    if (r != FM_OK)
+        c->ops->present(c->ctx, b->page + i, 1, &there);
+    if ((there & 1) != 0) {
+        b->flags[i] |= FM_KEEP;              /* locked, most likely: leave it be */
+        copy_undo(c, b, i, f);
+    } else {
+        b->frame[i] = FM_FRAME_NONE;
+        fm_frames_put(c, f, 1, FM_FRAME_FREE);
+        /* No slot: all zeros, or discarded by the program while we were at it. */
+        fm_state_set(c, b, i, b->slot[i] != FM_SLOT_NONE ? FM_REMOTE : FM_FRESH);
+        fm_charge(c, -1);
+        if ((b->flags[i] & FM_WAITING) != 0)
+            c->ops->wake(c->ctx, b->page + i, 1);
+        b->flags[i] &= (uint8_t)~FM_WAITING;
+    }
+    fm_block_leave(c, b);
+}
+
+static void run_drops(struct fm_core *c)
+{
+    uint32_t frame[BATCH_MAX];
+    uint64_t page[BATCH_MAX];
+    for (;;) {
+        uint32_t n = 0;
+        fm_lock_take(&c->drops_lock);
+        while (n < BATCH_MAX && c->drops_n > 0)
+            frame[n++] = c->drops[--c->drops_n];
+        fm_lock_drop(&c->drops_lock);
+        if (n == 0)
+            return;
+        for (uint32_t k = 0; k < n; k++)
+            page[k] = drop_begin(c, frame[k], &page[k]) ? page[k] : FM_PAGE_NONE;
+        for (uint32_t k = 0, run; k < n; k += run) {
+            /* The list is a stack, so neighbours come in descending order. */
+            for (run = 1; k + run < n && page[k] != FM_PAGE_NONE && page[k + run] == page[k] - run; run++)
+                continue;
+            if (page[k] == FM_PAGE_NONE)
+                continue;
+            enum fm_res r = c->ops->drop(c->ctx, page[k + run - 1], run);
+            for (uint32_t j = k; j < k + run; j++)
+                drop_end(c, frame[j], r);
+        }
+    }
+}
+
+/* Pages that are the only copy and could neither be stored nor put back at the time. */
+static void put_back_dirty(struct fm_core *c)
+{
+    for (uint32_t f = 0; f < c->frames_n; f++) {
+        struct fm_frame *fr = &c->frame[f];
+        enum fm_res r;
+        if (fr->kind != FM_FRAME_BUSY || !fr->dirty || fr->io != 0 || fr->copied)
+            continue;
+        c->ops->enter(c->ctx);
+        struct fm_block *b = fm_block_of_owner(c, fr->page);
+        if (b != NULL && !fm_in_limbo(b)) {
+            fm_lock_take(&b->lock);
+            uint32_t i = (uint32_t)(fr->page - b->page);
+            if (fr->page != FM_PAGE_NONE && b->frame[i] == f && b->state[i] == FM_STAGED && fr->dirty && fr->io == 0)
+                fm_install(c, b, i, f, 1, &r);
+            fm_lock_drop(&b->lock);
+        }
+        c->ops->leave(c->ctx);
+    }
+}
+
+static bool more_frames(const struct fm_core *c)
+{
+    return c->kind_n[FM_FRAME_EMPTY] > 0 || (copying(c) && c->kind_n[FM_FRAME_FREE] > 0);
+}
+
+enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
+{
+    struct batch batch = { .n = 0 };
+    struct run run = { .page = 0 };
+    enum step s = STEP_OK;
+    uint64_t tries = c->queue_tail - c->queue_head + 1, out = 0;
+    put_back_dirty(c);
+    run_drops(c);
+    while (out + batch.n < n && s == STEP_OK && tries-- > 0 && fm_queue_pop(c, &run.page, &run.n)) {
+        run.unshared = false;
+        run.busy = 0;
+        s = evict_entry(c, &run, &batch);
+        uint32_t had = batch.n;
+        if (had < BATCH_MAX / 2 && s == STEP_OK)
+            continue;
+        out += had;
+        finish(c, &batch);
+        run_drops(c);
+        if (s == STEP_FRAMES && had > 0 && more_frames(c))
+            s = STEP_OK;
+    }
+    out += batch.n;
+    finish(c, &batch);
+    run_drops(c);
+    if (s == STEP_RETRY)
+        return FM_EVICT_RETRY;
+    if (s == STEP_FULL)
+        return FM_EVICT_FULL;
+    return out > 0 ? FM_EVICT_DONE : FM_EVICT_NOTHING;
+}
+
+/* ---- frames back from the staged pages --------------------------------------------------------- */
+
+uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
+{
+    uint32_t made = 0, tries = c->frames_n, f;
+    while (made < n && tries-- > 0 && (f = fm_frame_oldest(c)) != FM_FRAME_NONE) {
+        c->ops->enter(c->ctx);
+        struct fm_block *b = fm_block_of_owner(c, __atomic_load_n(&c->frame[f].page, __ATOMIC_RELAXED));
+        if (b != NULL) {
+            fm_lock_take(&b->lock);
+            uint32_t i = (uint32_t)(c->frame[f].page - b->page);
+            if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fm_frame_unstage(c, f)) {
+                fm_assert(b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0);
+                b->frame[i] = FM_FRAME_NONE;
+                b->flags[i] &= (uint8_t)~FM_MARKER;
+                fm_state_set(c, b, i, FM_REMOTE);
+                fm_frames_put(c, f, 1, FM_FRAME_FREE);
+                made++;
+            }
+            fm_lock_drop(&b->lock);
+        }
+        c->ops->leave(c->ctx);
+    }
+    return made;
+}
+
+uint32_t fm_core_shrink(struct fm_core *c, uint32_t n)
+{
+    uint32_t gone = 0, first, k;
+    while (gone < n) {
+        uint32_t want = n - gone < 64 ? n - gone : 64;
+        k = fm_frames_take(c, FM_FRAME_DEAD, want, &first);
+        if (k == 0)
+            k = fm_frames_take(c, FM_FRAME_FREE, want, &first);
+        if (k == 0 && fm_core_reclaim(c, want) == 0)
+            break;
+        if (k == 0)
+            continue;
+        c->ops->drop_frames(c->ctx, first, k);
+        fm_frames_put(c, first, k, FM_FRAME_EMPTY);
+        fm_charge(c, -(int64_t)k);
+        gone += k;
+    }
+    return gone;
+}

@@ -1,0 +1,147 @@
+/* engine.h - the engine: what ties the core to this process and this kernel.
+ *
+ * A guest in somebody's house.  Its threads are made by clone(), not by libc; they block every signal and have a
+ * descriptor table of their own; they never call malloc, take no lock of libc's, and touch managed memory
+ * only through the kernel.  There is one engine per process, `fm`, in memory of its own.
+ *
+ *   threads.c   raw threads, futexes, the engine's memory     wire.c    the job's socket
+ *   uffd.c      the core's operations on the real kernel      adopt.c   which mappings are managed
+ *   watch.c     the watcher: budget, adoption, new mappings   evictor.c the evictor's thread
+ *   fork.c      fork: freeze, child                           say.c     messages
+ *   ../fronts/thread.c  the thread that reads the userfaultfd
+ */
+#ifndef FM_ENGINE_H
+#define FM_ENGINE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend.h"
+#include "control.h"
+#include "core/core.h"
+#include "engine/sys.h"
+
+#define FM_FRAMES 512u                 /* staging: 2 MiB, so that it stays in the processor's cache */
+#define FM_PARKED_MAX 1024u
+#define FM_STACK_BYTES 65536u
+#define FM_THREADS_MAX 16u
+
+/* Engine states, in order. */
+enum fm_engine_state {
+    FM_ENGINE_NONE = 0,      /* no job, or it could not be joined: the program runs as if we were not here */
+    FM_ENGINE_WATCHING,
+    FM_ENGINE_ADOPTED
+};
+
+struct fm_parked {
+    uint64_t page;
+    uint32_t bits;
+    uint64_t since_ns;
+};
+
+struct fm_engine {
+    /* set once, before any thread */
+    char job_name[80];
+    uint8_t token[FM_TOKEN_BYTES];
+    uint64_t early_defects;            /* those that matter before the control segment is there */
+    uint64_t tls_bytes;                /* static TLS of a libc thread */
+    char exe[4096];
+
+    uint32_t state;                    /* enum fm_engine_state */
+    uint32_t pid;
+    uint32_t slot;
+    int sock, statm, maps, pagemap, mem, tasks, uffd;    /* in the engine's descriptor table */
+    struct fm_control *control;
+    struct fm_proc *proc;
+    void *ledger_base;
+    char *pool;
+    uint64_t features;                 /* of the userfaultfd */
+    bool pagemap_scan;
+
+    struct fm_core core;
+    fm_world world;
+    struct fm_chain chain;
+    struct fm_backend *backend;
+    char *frames;
+
+    /* the engine's own memory: one reservation, handed out from the front */
+    char *heap, *heap_next, *heap_ready, *heap_end;
+    fm_lock heap_lock;
+
+    /* faults that found no frame */
+    fm_lock parked_lock;
+    uint32_t parked_n;
+    struct fm_parked parked[FM_PARKED_MAX];
+
+    /* the evictor sleeps on bell; freeze: it is asked to stand still, frozen: it does */
+    uint32_t bell, evictor_sleeps, freeze, frozen, thaw;
+    uint32_t io_busy;                  /* stores and fetches under way */
+    uint64_t mm_events;                /* UNMAP and REMAP events applied */
+    fm_lock fork_lock;                 /* adoption and fork exclude each other */
+    uint32_t fork_slot;
+    bool fork_failed;
+    int fork_errno;
+
+    uint32_t child_ready;              /* in the child of a fork: 1 go on, 2 give up */
+    fm_lock discards_lock;             /* ranges that were discarded, to be counted again when they have gone */
+    uint32_t discards_n;
+    struct fm_range discards[64];
+    uint32_t threads;
+    bool keeper;
+    bool gave_up;                      /* memory is short and can't be managed; said once */
+};
+
+extern struct fm_engine fm;
+
+/* threads.c */
+bool fm_thread_start(void (*run)(void *), void *arg);
+bool fm_thread_start_fn(void (*run)(void *), void *arg);   /* for struct fm_chain */
+void *fm_heap_take(uint64_t bytes);                        /* zeroed, page-aligned; NULL: none left */
+void fm_heap_give(void *p, uint64_t bytes);
+bool fm_heap_open(void);
+bool fm_own_memory(uint64_t page);
+void fm_threads_reset(void);
+void fm_keeper_start(void);
+
+/* say.c */
+void fm_say(int level, const char *text, uint64_t number);
+
+/* wire.c */
+bool fm_wire_join(uint32_t slot);
+bool fm_wire_adopt(void);
+bool fm_wire_alive(void);
+
+/* uffd.c */
+extern const struct fm_ops fm_engine_ops;
+bool fm_uffd_open(void);
+bool fm_uffd_register(uint64_t start, uint64_t end);
+bool fm_uffd_changing(void);
+enum fm_res fm_uffd_meaning(long err);
+
+/* adopt.c */
+bool fm_adopt(void);                   /* false: it can't be done, and has been said */
+void fm_adopt_scan(void);              /* mappings that have appeared since */
+bool fm_adopt_forked(uint32_t slot);   /* in the child of a fork; false: it can't go on */
+void fm_managed_advise(int advice);
+void fm_keep_thread(uint64_t tcb);
+
+/* watch.c */
+void fm_watch_main(void *arg);
+void fm_watch_loop(void);
+bool fm_descriptors_open(void);
+
+/* evictor.c */
+void fm_evictor_main(void *arg);
+void fm_evictor_ring(void);
+void fm_park(uint64_t page, uint32_t bits, uint64_t since_ns);
+
+/* ../fronts/thread.c */
+void fm_front_thread_main(void *arg);
+
+/* fork.c */
+void fm_fork_prepare(void);
+void fm_fork_parent(void);
+void fm_fork_child(void);
+void fm_fork_stand_still(void);           /* evictor */
+
+#endif

@@ -1,0 +1,105 @@
+/* evictor.c - the evictor's thread: keeps head-room, so that a fault waits only when there is no frame at all.
+ *
+ * The only thread that evicts, drops and gives memory back, because those can wait for events to be read, and the
+ * thread that reads them waits for nobody.  It also tries parked faults again, and stands still for a fork.
+ */
+#include <stddef.h>
+
+#include "engine/engine.h"
+#include "fm_assert.h"
+
+#define BATCH 64u
+#define IDLE_NS 20000000
+
+void fm_evictor_ring(void)
+{
+    __atomic_add_fetch(&fm.bell, 1, __ATOMIC_ACQ_REL);
+    if (__atomic_load_n(&fm.evictor_sleeps, __ATOMIC_ACQUIRE) != 0)
+        fm_futex_wake(&fm.bell, 1);
+}
+
+void fm_park(uint64_t page, uint32_t bits, uint64_t since_ns)
+{
+    fm_lock_take(&fm.parked_lock);
+    bool room = fm.parked_n < FM_PARKED_MAX;
+    if (room)
+        fm.parked[fm.parked_n++] = (struct fm_parked){ page, bits, since_ns };
+    fm_lock_drop(&fm.parked_lock);
+    if (!room)      /* it faults again, and by then there may be */
+        fm_engine_ops.wake(NULL, page, 1);
+    fm_evictor_ring();
+}
+
+static void retry_parked(void)
+{
+    struct fm_parked mine[64];
+    uint32_t n = 0;
+    if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) == 0)
+        return;
+    fm_lock_take(&fm.parked_lock);
+    while (n < 64 && fm.parked_n > 0)
+        mine[n++] = fm.parked[--fm.parked_n];
+    fm_lock_drop(&fm.parked_lock);
+    for (uint32_t k = 0; k < n; k++) {
+        enum fm_fault_result r = fm_core_fault(&fm.core, mine[k].page, mine[k].bits);
+        if (r == FM_FAULT_RETRY)
+            fm_engine_ops.wake(NULL, mine[k].page, 1);     /* the reader deals with what is pending, then with it */
+        else if (r == FM_FAULT_NO_FRAME)
+            fm_park(mine[k].page, mine[k].bits, mine[k].since_ns);
+        else
+            fm_add(fm.proc->counters.stall_ns, fm_now_ns() - mine[k].since_ns);
+    }
+}
+
+/* One step towards the budget.  False: nothing to do, or nothing can be done now. */
+static bool step(struct fm_core *c)
+{
+    int64_t room = __atomic_load_n(&c->limit_pages, __ATOMIC_RELAXED) - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+    bool copying = !c->can_move || c->evict_mode == FM_EVICT_COPY;
+    bool did = false;
+    if (c->kind_n[FM_FRAME_DEAD] > 0)
+        did = fm_core_shrink(c, c->kind_n[FM_FRAME_DEAD]) > 0;
+    if (room >= (int64_t)FM_FRAMES)
+        return did;
+    /* Staging fills up as the budget runs out; from then on each frame that a fault empties is filled again. */
+    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= (room < 0 ? 1 : BATCH / 2)) {
+        enum fm_evict_result r = fm_core_evict(c, BATCH);
+        did |= r == FM_EVICT_DONE;
+        if (r == FM_EVICT_RETRY)
+            fm_sleep_ns(20000);
+        did |= r == FM_EVICT_RETRY;
+    }
+    if (room < 0)
+        did |= fm_core_shrink(c, -room < (int64_t)BATCH ? (uint32_t)-room : BATCH) > 0;
+    return did;
+}
+
+static void tell_when_full(bool full)
+{
+    static bool told;
+    if (full && !told)
+        fm_say(FM_LEVEL_WARNING, "the pool is full: pages stay local, over the budget.", 0);
+    told = full;
+}
+
+void fm_evictor_main(void *arg)
+{
+    struct fm_core *c = &fm.core;
+    (void)arg;
+    for (;;) {
+        uint32_t seen = __atomic_load_n(&fm.bell, __ATOMIC_ACQUIRE);
+        if (__atomic_load_n(&fm.freeze, __ATOMIC_ACQUIRE) != 0) {
+            fm_fork_stand_still();
+            continue;
+        }
+        bool did = step(c);
+        retry_parked();
+        if (did)
+            continue;
+        tell_when_full(c->remote_pages > 0 && fm_pool_ledger_used(fm.ledger_base) >= (uint64_t)c->ledger.extents * FM_EXTENT_SLOTS);
+        __atomic_store_n(&fm.evictor_sleeps, 1, __ATOMIC_SEQ_CST);
+        int64_t wait = fm.parked_n > 0 ? 1000000 : IDLE_NS;
+        fm_futex_wait(&fm.bell, seen, wait);
+        __atomic_store_n(&fm.evictor_sleeps, 0, __ATOMIC_SEQ_CST);
+    }
+}

@@ -1,0 +1,187 @@
+/* threads.c - the engine's threads and its memory, both without libc.
+ *
+ * A libc thread would be counted by libc (the last pthread_exit would never end the process), would have its
+ * control block on the program's heap, and would take part in fork.  A raw one has a small control block
+ * of ours, so that a stray access to TLS hits our memory and not the program's.
+ */
+#include <errno.h>
+#include <linux/futex.h>
+#include <linux/sched.h>
+#include <poll.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include "engine/engine.h"
+#include "fm_assert.h"
+
+#define HEAP_STEP (2ull << 20)
+
+struct start {
+    void (*run)(void *);
+    void *arg;
+};
+
+static char stacks[FM_THREADS_MAX][FM_STACK_BYTES] __attribute__((aligned(4096)));
+
+uint64_t fm_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);     /* the vDSO's: no state, no lock */
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+void fm_sleep_ns(uint64_t ns)
+{
+    struct timespec t = { .tv_sec = (time_t)(ns / 1000000000ull), .tv_nsec = (long)(ns % 1000000000ull) };
+    fm_sys(SYS_nanosleep, &t, NULL);
+}
+
+void fm_futex_wait(uint32_t *word, uint32_t seen, int64_t timeout_ns)
+{
+    struct timespec t = { .tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000 };
+    fm_sys(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, timeout_ns < 0 ? NULL : &t);
+}
+
+void fm_futex_wake(uint32_t *word, int n) { fm_sys(SYS_futex, word, FUTEX_WAKE_PRIVATE, n); }
+
+static void run_thread(struct start *s)
+{
+    fm_sys(SYS_prctl, PR_SET_NAME, "farmem");
+    s->run(s->arg);
+    fm_sys(SYS_exit, 0);
+    __builtin_unreachable();
+}
+
+/* clone() with a new stack: the child finds what to run on top of it. */
+static long clone_on(unsigned long flags, char *stack_top, void *tls)
+{
+    long r;
+    register long r10 __asm__("r10") = 0;
+    register void *r8 __asm__("r8") = tls;
+    __asm__ volatile("syscall\n\t"
+                     "test %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xor %%ebp, %%ebp\n\t"
+                     "pop %%rdi\n\t"
+                     "pop %%rax\n\t"
+                     "call *%%rax\n\t"
+                     "ud2\n"
+                     "1:"
+                     : "=a"(r)
+                     : "a"(SYS_clone), "D"(flags), "S"(stack_top), "d"(0), "r"(r10), "r"(r8)
+                     : "rcx", "r11", "memory");
+    return r;
+}
+
+static long thread_on(unsigned long flags, char *stack, void (*run)(void *), void *arg)
+{
+    /* From the bottom: the control block (TLS lies below it), then the stack, then what to run. */
+    char *tcb = stack + 4096;
+    struct start *s = (struct start *)(stack + FM_STACK_BYTES - 64);
+    uint64_t *top = (uint64_t *)(stack + FM_STACK_BYTES - 128);
+    *(void **)tcb = tcb;
+    *(void **)(tcb + 16) = tcb;
+    *s = (struct start){ run, arg };
+    top[0] = (uint64_t)s;
+    top[1] = (uint64_t)run_thread;
+    return clone_on(flags | CLONE_SETTLS, (char *)top, tcb);
+}
+
+bool fm_thread_start(void (*run)(void *), void *arg)
+{
+    uint64_t all = ~0ull, old = 0;
+    uint32_t k = __atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED);
+    if (k >= FM_THREADS_MAX)
+        return false;
+    if ((fm.early_defects & FM_DEFECT_OPEN_SIGNALS) == 0)
+        fm_sys(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
+    long r = thread_on(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM, stacks[k], run, arg);
+    if ((fm.early_defects & FM_DEFECT_OPEN_SIGNALS) == 0)
+        fm_sys(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
+    return r > 0;
+}
+
+bool fm_thread_start_fn(void (*run)(void *), void *arg) { return fm_thread_start(run, arg); }
+
+/* In the child of a fork none of the parent's threads exist, and their stacks may be used again. */
+void fm_threads_reset(void) { fm.threads = 0; }
+
+/* ---- the keeper: holds the userfaultfd when there is no supervisor any more --------------------------- */
+
+static void keeper_main(void *arg)
+{
+    struct pollfd p = { .fd = (int)(long)arg, .events = POLLIN };
+    while (fm_sys(SYS_poll, &p, 1, -1) == -EINTR)
+        continue;
+    fm_sys(SYS_exit_group, 0);
+}
+
+/* A process that shares our memory and nothing else, and waits until ours has gone: while it holds the last copy of the
+ * userfaultfd, a write that the dying program had begun still gets its bytes. */
+void fm_keeper_start(void)
+{
+    if (fm.keeper)
+        return;
+    long pidfd = fm_sys(SYS_pidfd_open, fm.pid, 0);
+    uint32_t k = __atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED);
+    if (pidfd < 0 || k >= FM_THREADS_MAX)
+        return;
+    fm.keeper = true;
+    thread_on(CLONE_VM, stacks[k], keeper_main, (void *)pidfd);
+}
+
+/* ---- memory ---------------------------------------------------------------------------------------- */
+
+bool fm_heap_open(void)
+{
+    /* Address space only: 32 bytes of it are used for each page that is managed. */
+    for (uint64_t bytes = 16ull << 30; bytes >= 64ull << 20; bytes /= 4) {
+        long r = fm_sys(SYS_mmap, NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (r < 0 && r > -4096)
+            continue;
+        fm.heap = fm.heap_next = fm.heap_ready = (char *)r;
+        fm.heap_end = fm.heap + bytes;
+        return true;
+    }
+    return false;
+}
+
+void *fm_heap_take(uint64_t bytes)
+{
+    void *p = NULL;
+    bytes = (bytes + 4095) & ~4095ull;
+    fm_lock_take(&fm.heap_lock);
+    uint64_t need = fm.heap_next + bytes > fm.heap_ready ? (uint64_t)(fm.heap_next + bytes - fm.heap_ready) : 0;
+    need = (need + HEAP_STEP - 1) / HEAP_STEP * HEAP_STEP;
+    if (fm.heap_ready + need <= fm.heap_end &&
+        (need == 0 || fm_sys(SYS_mprotect, fm.heap_ready, need, PROT_READ | PROT_WRITE) == 0)) {
+        fm.heap_ready += need;
+        p = fm.heap_next;
+        fm.heap_next += bytes;
+        if (fm.proc != NULL)
+            fm.proc->counters.engine_bytes += bytes;
+    }
+    fm_lock_drop(&fm.heap_lock);
+    return p;
+}
+
+/* Addresses are not used again: there are plenty, and only the memory matters. */
+void fm_heap_give(void *p, uint64_t bytes)
+{
+    bytes = (bytes + 4095) & ~4095ull;
+    fm_sys(SYS_madvise, p, bytes, MADV_DONTNEED);
+    if (fm.proc != NULL)
+        __atomic_sub_fetch(&fm.proc->counters.engine_bytes, bytes, __ATOMIC_RELAXED);
+}
+
+bool fm_own_memory(uint64_t page)
+{
+    uint64_t at = page * FM_PAGE_BYTES;
+    return (at >= (uint64_t)stacks && at < (uint64_t)stacks + sizeof stacks) ||
+           (at >= (uint64_t)&fm && at < (uint64_t)&fm + sizeof fm) ||
+           (at >= (uint64_t)fm.heap && at < (uint64_t)fm.heap_end) ||
+           (at >= (uint64_t)fm.frames && at < (uint64_t)fm.frames + (uint64_t)FM_FRAMES * FM_PAGE_BYTES);
+}

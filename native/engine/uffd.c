@@ -1,0 +1,305 @@
+/* uffd.c - the core's operations on the real kernel.
+ *
+ * One function says what each error means, for all ioctls.  The quick operations never wait for an event; those
+ * that may (madvise on registered memory) are called by the core outside every lock.
+ */
+#include "engine/uffd_api.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stddef.h>
+#include <sys/mman.h>
+
+#include "engine/engine.h"
+#include "engine/hash.h"
+#include "fm_assert.h"
+
+enum fm_res fm_uffd_meaning(long err)
+{
+    switch (-err) {
+    case 0: return FM_OK;
+    case EEXIST: return FM_EXIST;
+    case EAGAIN: return FM_AGAIN;
+    case ENOENT:                     /* the mapping, or the page in it, is not there any more */
+    case EFAULT:
+    case ESRCH:
+    case ENOSPC: return FM_GONE;
+    case EBUSY: return FM_BUSY;
+    case EINVAL: return FM_REFUSED;
+    default: return FM_FAIL;
+    }
+}
+
+static uint64_t addr(uint64_t page) { return page * FM_PAGE_BYTES; }
+static uint64_t frame_addr(uint32_t f) { return (uint64_t)fm.frames + (uint64_t)f * FM_PAGE_BYTES; }
+
+/* An ioctl that stops half-way reports the bytes it did in its own field, and EAGAIN or the error. */
+static enum fm_res outcome(long r, int64_t bytes, uint32_t n, uint32_t *done)
+{
+    *done = bytes > 0 ? (uint32_t)(bytes / FM_PAGE_BYTES) : 0;
+    if (r == 0 || *done == n) {
+        *done = n;
+        return FM_OK;
+    }
+    return fm_uffd_meaning(bytes < 0 ? bytes : r);
+}
+
+static enum fm_res op_zero(void *ctx, uint64_t page, uint32_t n, uint32_t *done)
+{
+    (void)ctx;
+    struct uffdio_zeropage z = { .range = { addr(page), addr(n) } };
+    long r = fm_sys(SYS_ioctl, fm.uffd, UFFDIO_ZEROPAGE, &z);
+    return outcome(r, z.zeropage, n, done);
+}
+
+static enum fm_res copy(uint64_t to, uint64_t from, uint32_t n, uint32_t *done)
+{
+    struct uffdio_copy c = { .dst = to, .src = from, .len = addr(n) };
+    long r = fm_sys(SYS_ioctl, fm.uffd, UFFDIO_COPY, &c);
+    return outcome(r, c.copy, n, done);
+}
+
+static char zeros[FM_WINDOW_MAX * FM_PAGE_BYTES] __attribute__((aligned(4096)));
+
+static enum fm_res copy_zeros(uint64_t to, uint32_t n, uint32_t *done)
+{
+    enum fm_res r = FM_OK;
+    *done = 0;
+    while (*done < n && r == FM_OK) {
+        uint32_t k = n - *done < FM_WINDOW_MAX ? n - *done : FM_WINDOW_MAX, part;
+        r = copy(to + addr(*done), (uint64_t)zeros, k, &part);
+        *done += part;
+    }
+    return r;
+}
+
+static enum fm_res op_copy_in(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done)
+{
+    (void)ctx;
+    if (frame == FM_FRAME_NONE)
+        return copy_zeros(addr(page), n, done);
+    return copy(addr(page), frame_addr(frame), n, done);
+}
+
+static enum fm_res op_fill_frames(void *ctx, uint32_t frame, uint32_t n, uint32_t *done)
+{
+    (void)ctx;
+    return copy_zeros(frame_addr(frame), n, done);
+}
+
+static enum fm_res move(uint64_t to, uint64_t from, uint32_t n, uint64_t mode, uint32_t *done)
+{
+    struct fm_uffdio_move m = { .dst = to, .src = from, .len = addr(n), .mode = mode };
+    long r = fm_sys(SYS_ioctl, fm.uffd, FM_UFFDIO_MOVE, &m);
+    return outcome(r, m.move, n, done);
+}
+
+static enum fm_res op_move_in(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done)
+{
+    (void)ctx;
+    return move(addr(page), frame_addr(frame), n, 0, done);
+}
+
+static enum fm_res op_move_out(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done)
+{
+    (void)ctx;
+    return move(frame_addr(frame), addr(page), n, FM_MOVE_DONTWAKE, done);
+}
+
+static enum fm_res op_protect(void *ctx, uint64_t page, uint32_t n, bool on)
+{
+    (void)ctx;
+    struct uffdio_writeprotect w = { .range = { addr(page), addr(n) }, .mode = on ? UFFDIO_WRITEPROTECT_MODE_WP : 0 };
+    return fm_uffd_meaning(fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WRITEPROTECT, &w));
+}
+
+static enum fm_res op_poison(void *ctx, uint64_t page)
+{
+    (void)ctx;
+    struct fm_uffdio_poison p = { .start = addr(page), .len = addr(1) };
+    if ((fm.features & FM_FEATURE_POISON) == 0) {
+        fm_say(FM_LEVEL_ERROR, "this kernel can't poison a lost page (Linux 6.6 can): the program is ended.", 0);
+        fm_panic("a lost page was touched", __FILE__, __LINE__);
+    }
+    return fm_uffd_meaning(fm_sys(SYS_ioctl, fm.uffd, FM_UFFDIO_POISON, &p));
+}
+
+static void op_wake(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    struct uffdio_range r = { addr(page), addr(n) };
+    fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WAKE, &r);
+}
+
+static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
+{
+    uint64_t entry[64];
+    (void)ctx;
+    for (uint32_t k = 0; k < n; k += 64) {
+        uint32_t m = n - k < 64 ? n - k : 64;
+        long r = fm_sys(SYS_pread64, fm.pagemap, entry, m * sizeof entry[0], (page + k) * sizeof entry[0]);
+        bits[k / 64] = 0;
+        for (uint32_t j = 0; r > 0 && j < (uint32_t)r / sizeof entry[0]; j++)
+            bits[k / 64] |= (uint64_t)((entry[j] >> 62) != 0) << j;   /* present, or in the host's own swap */
+    }
+}
+
+static void op_clear(void *ctx, uint32_t frame, uint32_t n)
+{
+    (void)ctx;
+    __builtin_memset((void *)frame_addr(frame), 0, addr(n));
+}
+
+static bool op_hash(void *ctx, uint32_t frame, uint64_t hash[2])
+{
+    (void)ctx;
+    return fm_hash_page((void *)frame_addr(frame), fm.control->secret, hash);
+}
+
+/* Through /proc/self/mem: it reads pages of any protection, and gives an error where there is none. */
+static bool op_read_page(void *ctx, uint64_t page, uint32_t frame)
+{
+    (void)ctx;
+    return fm_sys(SYS_pread64, fm.mem, frame_addr(frame), FM_PAGE_BYTES, addr(page)) == FM_PAGE_BYTES;
+}
+
+static enum fm_res op_drop(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    return fm_sys(SYS_madvise, addr(page), addr(n), MADV_DONTNEED) == 0 ? FM_OK : FM_FAIL;
+}
+
+static void op_unshare(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    fm_sys(SYS_madvise, addr(page), addr(n), FM_MADV_POPULATE_WRITE);
+}
+
+static void op_drop_frames(void *ctx, uint32_t frame, uint32_t n)
+{
+    (void)ctx;
+    fm_sys(SYS_madvise, frame_addr(frame), addr(n), MADV_DONTNEED);
+}
+
+static void op_submit(void *ctx, struct fm_io *io)
+{
+    (void)ctx;
+    __atomic_add_fetch(&fm.io_busy, 1, __ATOMIC_ACQ_REL);
+    fm.backend->submit(fm.backend, io);
+}
+
+static void op_enter(void *ctx)
+{
+    (void)ctx;
+    fm_world_share(&fm.world);
+}
+
+static void op_leave(void *ctx)
+{
+    (void)ctx;
+    fm_world_unshare(&fm.world);
+}
+
+/* Blocks are made one at a time from chunks of the heap. */
+static struct fm_block *op_block_memory(void *ctx)
+{
+    (void)ctx;
+    return fm_heap_take(sizeof(struct fm_block));
+}
+
+static void *op_memory(void *ctx, void *old, uint64_t old_bytes, uint64_t bytes)
+{
+    (void)ctx;
+    if (old != NULL)
+        fm_heap_give(old, old_bytes);
+    return bytes > 0 ? fm_heap_take(bytes) : NULL;
+}
+
+static void op_message(void *ctx, int level, const char *text, uint64_t number)
+{
+    (void)ctx;
+    fm_say(level, text, number);
+}
+
+static void op_frames_freed(void *ctx)
+{
+    (void)ctx;
+    if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0)
+        fm_evictor_ring();
+}
+
+const struct fm_ops fm_engine_ops = {
+    .enter = op_enter,
+    .leave = op_leave,
+    .zero = op_zero,
+    .move_in = op_move_in,
+    .copy_in = op_copy_in,
+    .move_out = op_move_out,
+    .protect = op_protect,
+    .poison = op_poison,
+    .wake = op_wake,
+    .present = op_present,
+    .fill_frames = op_fill_frames,
+    .clear = op_clear,
+    .hash = op_hash,
+    .read_page = op_read_page,
+    .drop = op_drop,
+    .unshare = op_unshare,
+    .drop_frames = op_drop_frames,
+    .submit = op_submit,
+    .block_memory = op_block_memory,
+    .memory = op_memory,
+    .message = op_message,
+    .frames_freed = op_frames_freed,
+};
+
+/* ---- the descriptor --------------------------------------------------------------------------------- */
+
+static int open_one(void)
+{
+    if (fm.control->userfaultfd_way == FM_UFFD_DEVICE) {
+        long dev = fm_sys(SYS_openat, AT_FDCWD, "/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+        if (dev < 0)
+            return (int)dev;
+        long fd = fm_sys(SYS_ioctl, dev, FM_USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK);
+        fm_sys(SYS_close, dev);
+        return (int)fd;
+    }
+    return (int)fm_sys(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+}
+
+static bool handshake(int fd, uint64_t want, uint64_t *has)
+{
+    struct uffdio_api api = { .api = UFFD_API, .features = want };
+    long r = fm_sys(SYS_ioctl, fd, UFFDIO_API, &api);
+    *has = api.features;
+    return r == 0;
+}
+
+bool fm_uffd_open(void)
+{
+    uint64_t has = 0;
+    int probe = open_one();
+    if (probe < 0)
+        return false;
+    bool ok = handshake(probe, 0, &has);       /* asks what there is; a descriptor takes one such question */
+    fm_sys(SYS_close, probe);
+    if (!ok || (has & FM_FEATURES_NEEDED) != FM_FEATURES_NEEDED)
+        return false;
+    fm.features = FM_FEATURES_NEEDED | (has & (FM_FEATURE_POISON | FM_FEATURE_MOVE));
+    fm.uffd = open_one();
+    return fm.uffd >= 0 && handshake(fm.uffd, fm.features, &has);
+}
+
+bool fm_uffd_register(uint64_t start, uint64_t end)
+{
+    struct uffdio_register r = { .range = { start, end - start }, .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP };
+    return fm_sys(SYS_ioctl, fm.uffd, UFFDIO_REGISTER, &r) == 0;
+}
+
+/* Has something happened to the address space whose event is still to be read?  Any page operation tells. */
+bool fm_uffd_changing(void)
+{
+    struct uffdio_writeprotect w = { .range = { frame_addr(0), FM_PAGE_BYTES } };
+    return fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WRITEPROTECT, &w) == -EAGAIN;
+}

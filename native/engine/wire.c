@@ -1,0 +1,117 @@
+/* wire.c - how a process of the job finds its supervisor: an abstract socket, and descriptors over it.
+ *
+ * Runs on engine threads, in their descriptor table: nothing of it is inherited or can be closed by the program.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stddef.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "engine/engine.h"
+#include "fm_assert.h"
+
+#define FDS_MAX 4
+
+static bool send_wire(uint32_t kind, uint32_t slot, int fd)
+{
+    struct fm_wire w = { .magic = FM_CONTROL_MAGIC, .version = FM_CONTROL_VERSION, .kind = kind, .pid = fm.pid, .slot = slot };
+    char control[CMSG_SPACE(sizeof(int))] __attribute__((aligned(8)));
+    struct iovec iov = { &w, sizeof w };
+    struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1 };
+    __builtin_memcpy(w.token, fm.token, sizeof w.token);
+    if (fd >= 0) {
+        struct cmsghdr *c = (struct cmsghdr *)control;
+        __builtin_memset(control, 0, sizeof control);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(sizeof(int));
+        *(int *)CMSG_DATA(c) = fd;
+        m.msg_control = control;
+        m.msg_controllen = sizeof control;
+    }
+    return fm_sys(SYS_sendmsg, fm.sock, &m, MSG_NOSIGNAL) == (long)sizeof w;
+}
+
+/* The answer's kind (0: none came), and how many descriptors came with it. */
+static uint32_t receive_wire(struct fm_wire *w, int *fds, uint32_t *n)
+{
+    char control[CMSG_SPACE(sizeof(int) * FDS_MAX)] __attribute__((aligned(8)));
+    struct iovec iov = { w, sizeof *w };
+    struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+    long r;
+    do {
+        r = fm_sys(SYS_recvmsg, fm.sock, &m, MSG_CMSG_CLOEXEC);
+    } while (r == -EINTR);
+    *n = 0;
+    if (r != (long)sizeof *w || w->magic != FM_CONTROL_MAGIC || w->version != FM_CONTROL_VERSION)
+        return 0;
+    struct cmsghdr *c = (struct cmsghdr *)control;
+    if (m.msg_controllen >= sizeof *c && c->cmsg_type == SCM_RIGHTS) {
+        *n = (uint32_t)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        __builtin_memcpy(fds, CMSG_DATA(c), *n * sizeof(int));
+    }
+    return w->kind;
+}
+
+static void *map_shared(int fd, uint64_t bytes)
+{
+    long r = fm_sys(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    return r < 0 && r > -4096 ? NULL : (void *)r;
+}
+
+/* In the child of a fork the parent's mappings are there already. */
+static bool map_job(const int *fds)
+{
+    if (fm.control == NULL) {
+        struct fm_control *c = map_shared(fds[0], sizeof(struct fm_control));
+        if (c == NULL || c->magic != FM_CONTROL_MAGIC || c->version != FM_CONTROL_VERSION || c->bytes != sizeof *c)
+            return false;
+        fm.ledger_base = map_shared(fds[1], fm_pool_ledger_bytes(c->pool_bytes));
+        fm.pool = map_shared(fds[2], c->pool_bytes);
+        if (fm.ledger_base == NULL || fm.pool == NULL)
+            return false;
+        fm.control = c;
+    }
+    for (int k = 0; k < 3; k++)
+        fm_sys(SYS_close, fds[k]);
+    return true;
+}
+
+bool fm_wire_join(uint32_t slot)
+{
+    struct sockaddr_un a = { .sun_family = AF_UNIX };
+    size_t n = strlen(fm.job_name);
+    struct fm_wire w;
+    int fds[FDS_MAX];
+    uint32_t got;
+    __builtin_memcpy(a.sun_path + 1, fm.job_name, n);
+    fm.sock = (int)fm_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (fm.sock < 0 || fm_sys(SYS_connect, fm.sock, &a, offsetof(struct sockaddr_un, sun_path) + 1 + n) != 0)
+        return false;
+    if (!send_wire(FM_WIRE_HELLO, slot, -1) || receive_wire(&w, fds, &got) != FM_WIRE_WELCOME || got != 3)
+        return false;
+    fm_assert(w.slot < FM_PROCS_MAX);
+    if (!map_job(fds))
+        return false;
+    fm.slot = w.slot;
+    fm.proc = &fm.control->procs[w.slot];
+    return true;
+}
+
+/* Adoption waits until the supervisor holds a duplicate of the userfaultfd. */
+bool fm_wire_adopt(void)
+{
+    struct fm_wire w;
+    int fds[FDS_MAX];
+    uint32_t got;
+    return send_wire(FM_WIRE_ADOPT, fm.slot, fm.uffd) && receive_wire(&w, fds, &got) == FM_WIRE_ACK;
+}
+
+bool fm_wire_alive(void)
+{
+    struct pollfd p = { .fd = fm.sock, .events = POLLIN };
+    return fm_sys(SYS_poll, &p, 1, 0) == 0;
+}

@@ -1,0 +1,152 @@
+/* thread.c - the thread front: the one thread that reads the userfaultfd, and resolves what it reads.
+ *
+ * Correct for everything, faults inside system calls included.  Reading an event and applying it is one critical
+ * section (the world is held exclusively).  This thread waits for nothing else: a fault that can't be resolved at once
+ * is parked, or left to whoever ends the operation under way.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <stddef.h>
+
+#include "engine/engine.h"
+#include "engine/uffd_api.h"
+#include "fm_assert.h"
+
+#define RETRIES_MAX 256u
+#define SPIN_READS 30u
+
+struct reader {
+    struct fm_parked retry[RETRIES_MAX];   /* faults that met a changing world */
+    uint32_t retries;
+};
+
+static struct reader reader;
+
+/* The zap comes later; the watcher counts again what has gone by then. */
+static void note_discard(uint64_t from, uint64_t n)
+{
+    fm_lock_take(&fm.discards_lock);
+    if (fm.discards_n < sizeof fm.discards / sizeof fm.discards[0])
+        fm.discards[fm.discards_n++] = (struct fm_range){ from, from + n };
+    fm_lock_drop(&fm.discards_lock);
+}
+
+static bool ours(uint64_t from) { return fm_own_memory(from / FM_PAGE_BYTES); }
+
+static void apply(const struct uffd_msg *m)
+{
+    struct fm_core *c = &fm.core;
+    uint64_t from = m->arg.remove.start / FM_PAGE_BYTES, n = (m->arg.remove.end - m->arg.remove.start) / FM_PAGE_BYTES;
+    switch (m->event) {
+    case UFFD_EVENT_REMOVE:
+        if (!ours(m->arg.remove.start)) {
+            fm_core_removed(c, from, n);
+            note_discard(from, n);
+        }
+        break;
+    case UFFD_EVENT_UNMAP:
+        fm.mm_events++;
+        if (!ours(m->arg.remove.start))
+            fm_core_unmapped(c, from, n);
+        break;
+    case UFFD_EVENT_REMAP:
+        fm.mm_events++;
+        fm_core_remapped(c, m->arg.remap.from / FM_PAGE_BYTES, m->arg.remap.to / FM_PAGE_BYTES, m->arg.remap.len / FM_PAGE_BYTES);
+        break;
+    default:
+        fm_panic("an event that was not asked for", __FILE__, __LINE__);
+    }
+}
+
+/* 1: m holds a fault.  0: an event was applied.  -1: nothing to read. */
+static int read_one(struct uffd_msg *m)
+{
+    fm_world_take(&fm.world);
+    long r = fm_sys(SYS_read, fm.uffd, m, sizeof *m);
+    if (r == (long)sizeof *m && m->event != UFFD_EVENT_PAGEFAULT)
+        apply(m);
+    fm_world_release(&fm.world);
+    if (r != (long)sizeof *m)
+        return -1;
+    return m->event == UFFD_EVENT_PAGEFAULT;
+}
+
+static void later(uint64_t page, uint32_t bits, uint64_t since_ns)
+{
+    if (reader.retries < RETRIES_MAX)
+        reader.retry[reader.retries++] = (struct fm_parked){ page, bits, since_ns };
+    else
+        fm_engine_ops.wake(NULL, page, 1);
+}
+
+static void resolve(uint64_t page, uint32_t bits, uint64_t since_ns)
+{
+    switch (fm_core_fault(&fm.core, page, bits)) {
+    case FM_FAULT_RETRY:
+        later(page, bits, since_ns);
+        return;
+    case FM_FAULT_NO_FRAME:
+        fm_park(page, bits, since_ns);
+        return;
+    case FM_FAULT_DONE:
+    case FM_FAULT_WAIT:
+        break;
+    }
+    fm_add(fm.proc->counters.stall_ns, fm_now_ns() - since_ns);
+    struct fm_core *c = &fm.core;
+    if (c->kind_n[FM_FRAME_EMPTY] >= FM_FRAMES / 8 || c->local_pages > c->limit_pages)
+        fm_evictor_ring();
+}
+
+static void fault(const struct uffd_msg *m)
+{
+    uint64_t flags = m->arg.pagefault.flags;
+    uint32_t bits = (flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0 ? FM_FAULT_WRITE : 0;
+    if ((flags & UFFD_PAGEFAULT_FLAG_WP) != 0)
+        bits |= FM_FAULT_PROTECTED;
+    if (ours(m->arg.pagefault.address))
+        fm_panic("the engine touched a frame without memory", __FILE__, __LINE__);
+    resolve(m->arg.pagefault.address / FM_PAGE_BYTES, bits, fm_now_ns());
+}
+
+static void try_again(void)
+{
+    uint32_t n = reader.retries;
+    struct fm_parked now[RETRIES_MAX];
+    for (uint32_t k = 0; k < n; k++)
+        now[k] = reader.retry[k];
+    reader.retries = 0;
+    for (uint32_t k = 0; k < n; k++)
+        resolve(now[k].page, now[k].bits, now[k].since_ns);
+}
+
+void fm_front_thread_main(void *arg)
+{
+    struct pollfd p = { .fd = fm.uffd, .events = POLLIN };
+    struct uffd_msg m;
+    (void)arg;
+    reader.retries = 0;
+    for (uint32_t idle = 0;;) {
+        int r = read_one(&m);
+        if (r == 1)
+            fault(&m);
+        if (r >= 0) {
+            idle = 0;
+            continue;
+        }
+        /* The queue is empty: what needed an event to be read first has had it. */
+        if (reader.retries > 0) {
+            try_again();
+            if (reader.retries > 0)
+                fm_sleep_ns(5000);
+            continue;
+        }
+        /* The next fault often follows at once, and going to sleep costs more than looking a few times. */
+        if (++idle < SPIN_READS) {
+            __builtin_ia32_pause();
+            continue;
+        }
+        idle = 0;
+        fm_sys(SYS_poll, &p, 1, -1);
+    }
+}

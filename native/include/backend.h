@@ -1,0 +1,57 @@
+/* backend.h - where bytes live: one struct for backends and for the filters around them.
+ *
+ * submit() takes a transfer and never waits for it; however it ends, on whatever thread, ended() is called on
+ * the same backend with io->status set.  A filter passes both on: submit() downwards to next,
+ * ended() upwards to up.  Every callback is mandatory inside; fm_backend_defaults() fills in
+ * those that a backend has no opinion on.  Nothing here may call libc's heap or touch managed memory.
+ */
+#ifndef FM_BACKEND_H
+#define FM_BACKEND_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "control.h"
+#include "core/core.h"
+
+#define FM_BACKEND_VERSION 1u
+
+/* What all of one process's chain share. */
+struct fm_chain {
+    char *frames;                     /* address of frame 0 */
+    struct fm_pool_ledger *ledger;
+    struct fm_counters *count;
+    char *pool;                       /* mem: the mapped pool */
+    uint64_t pool_bytes;
+    bool (*thread)(void (*run)(void *), void *arg);   /* start a thread of the engine's */
+    void (*done)(struct fm_io *io);   /* the top of the chain */
+};
+
+struct fm_backend {
+    uint32_t size;                    /* sizeof(struct fm_backend) */
+    uint32_t version;                 /* FM_BACKEND_VERSION */
+    const char *name;
+    bool (*open)(struct fm_backend *b);
+    void (*submit)(struct fm_backend *b, struct fm_io *io);
+    void (*ended)(struct fm_backend *b, struct fm_io *io);
+    void (*trim)(struct fm_backend *b, uint32_t extent);
+    struct fm_backend *next;          /* towards the bytes; NULL at the backend */
+    struct fm_backend *up;            /* towards the core; NULL at the top */
+    struct fm_chain *chain;
+    const struct fm_filter_config *config;
+    uint64_t word[8];                 /* state of its own */
+    struct fm_io *head, *tail;        /* transfers in hand */
+    fm_lock lock;
+};
+
+/* Builds the chain that the control segment describes, outermost filter first.  NULL: one of them can't be opened. */
+struct fm_backend *fm_chain_open(struct fm_chain *chain, const struct fm_control *control);
+
+extern const struct fm_backend fm_backend_mem, fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
+
+static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)
+{
+    return b->chain->frames + (uint64_t)io->frame * FM_PAGE_BYTES;
+}
+
+#endif

@@ -1,0 +1,61 @@
+/* pool_ledger.h - who uses which slot of the job's pool.
+ *
+ * The pool is cut into slots of a page and extents of 512 slots (2 MiB).  Forked
+ * children share slots, so each slot has a reference count, and each process a
+ * bitmap of the slots that it counts on: when a process dies without a word, the
+ * supervisor walks its bitmap and gives back what it held.  All of it lies in a
+ * sparse memfd that every process of the job maps; everything is changed with
+ * atomic instructions, and the order of the steps is such that a death between
+ * any two of them leaks one slot at worst, and never frees one that is in use.
+ */
+#ifndef FM_POOL_LEDGER_H
+#define FM_POOL_LEDGER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define FM_EXTENT_SLOTS 512u
+#define FM_SLOT_NONE 0xffffffffu
+#define FM_EXTENT_NONE 0xffffffffu
+
+/* cdef begins */
+/* Bytes of the memfd for a pool of pool_bytes (a multiple of 2 MiB). */
+uint64_t fm_pool_ledger_bytes(uint64_t pool_bytes);
+/* Write the head of a new, all-zero ledger.  0, or -1 when pool_bytes is not
+ * a multiple of 2 MiB or too large for 32-bit slot numbers. */
+int fm_pool_ledger_init(void *base, uint64_t pool_bytes);
+/* Give back all that the process in a ledger slot held.  pool: the mapped pool, whose
+ * empty extents are returned to the system, or NULL. */
+void fm_pool_ledger_reap(void *base, void *pool, uint32_t proc);
+/* Slots in use, and the most there ever were. */
+uint64_t fm_pool_ledger_used(void *base);
+uint64_t fm_pool_ledger_peak(void *base);
+/* cdef ends */
+
+/* A view of the ledger: pointers into the mapped memfd. */
+struct fm_pool_ledger {
+    void *base;
+    uint32_t extents;
+    uint32_t *extent_refs;   /* slots in use + 1 when a block fills it; FREEING while trimmed */
+    uint32_t *extent_owner;  /* process + 1 whose block fills it, or 0 */
+    uint16_t *slot_refs;
+    uint64_t *checksum;      /* a word per slot for the checksum filter */
+    uint64_t *bitmap;        /* this process's */
+    uint32_t proc;
+    /* Returns an empty extent to where it came from; may be NULL. */
+    void (*trim)(void *ctx, uint32_t extent);
+    void *trim_ctx;
+};
+
+void fm_pool_ledger_view(struct fm_pool_ledger *l, void *base, uint32_t proc);
+/* An empty extent for one block of this process, near hint; FM_EXTENT_NONE: the pool is full. */
+uint32_t fm_extent_take(struct fm_pool_ledger *l, uint32_t hint);
+void fm_extent_release(struct fm_pool_ledger *l, uint32_t extent);
+/* Take an unused slot of an extent that this process fills; false: in use (by another process). */
+bool fm_slot_take(struct fm_pool_ledger *l, uint32_t slot);
+void fm_slot_release(struct fm_pool_ledger *l, uint32_t slot);
+bool fm_slot_shared(struct fm_pool_ledger *l, uint32_t slot);
+/* The child of a fork counts on every slot that this process counts on. */
+void fm_pool_ledger_fork(struct fm_pool_ledger *l, uint32_t child);
+
+#endif

@@ -1,0 +1,200 @@
+/* shim.c - how the engine gets into a program: the constructor of the preloaded library, and a few calls that it watches.
+ *
+ * No allocator is interposed.  pthread_create is, to learn where a new thread's control block lies; the
+ * calls after which others may read a page behind our back are, to see their first use.
+ */
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "fm_assert.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define STARTS_MAX 1024u
+#ifndef SO_ZEROCOPY
+#define SO_ZEROCOPY 60
+#endif
+#define PTHREAD_BYTES 4096u       /* more than glibc's struct pthread */
+
+struct fm_engine fm;
+
+/* ---- joining the job ------------------------------------------------------------------------------------ */
+
+static bool parse_token(const char *hex)
+{
+    for (uint32_t k = 0; k < FM_TOKEN_BYTES; k++) {
+        uint8_t byte = 0;
+        for (uint32_t j = 0; j < 2; j++) {
+            const char *at = strchr("0123456789abcdef", hex[2 * k + j]);
+            if (at == NULL || *at == 0)
+                return false;
+            byte = (uint8_t)(byte << 4 | (at - "0123456789abcdef"));
+        }
+        fm.token[k] = byte;
+    }
+    return hex[2 * FM_TOKEN_BYTES] == 0;
+}
+
+/* "NAME:TOKEN" */
+static bool parse_job(const char *job)
+{
+    const char *colon = job != NULL ? strchr(job, ':') : NULL;
+    if (colon == NULL || (size_t)(colon - job) >= sizeof fm.job_name || strlen(colon + 1) != 2 * FM_TOKEN_BYTES)
+        return false;
+    memcpy(fm.job_name, job, (size_t)(colon - job));
+    return parse_token(colon + 1);
+}
+
+/* Those defects of the tests that must be known before the control segment is there. */
+static uint64_t early_defects(void)
+{
+    const char *names = getenv("FARMEM_TEST_DEFECTS");
+    uint64_t bits = 0;
+    if (names == NULL)
+        return 0;
+    bits |= strstr(names, "share_descriptors") != NULL ? FM_DEFECT_SHARE_DESCRIPTORS : 0;
+    bits |= strstr(names, "log_to_stderr") != NULL ? FM_DEFECT_LOG_TO_STDERR : 0;
+    bits |= strstr(names, "open_signals") != NULL ? FM_DEFECT_OPEN_SIGNALS : 0;
+    bits |= strstr(names, "ignore_fork") != NULL ? FM_DEFECT_IGNORE_FORK : 0;
+    return bits;
+}
+
+static uint64_t static_tls_bytes(void)
+{
+    void (*info)(size_t *, size_t *) = (void (*)(size_t *, size_t *))(uintptr_t)dlsym(RTLD_DEFAULT, "_dl_get_tls_static_info");
+    size_t bytes = 16 * FM_PAGE_BYTES, align;
+    if (info != NULL)
+        info(&bytes, &align);
+    return bytes;
+}
+
+__attribute__((constructor)) static void join(void)
+{
+    if (!parse_job(getenv("FARMEM_JOB")))
+        return;
+    ssize_t n = readlink("/proc/self/exe", fm.exe, sizeof fm.exe - 1);
+    fm.exe[n > 0 ? n : 0] = 0;
+    fm.early_defects = early_defects();
+    fm.tls_bytes = static_tls_bytes();
+    fm.state = FM_ENGINE_WATCHING;
+    if (pthread_atfork(fm_fork_prepare, fm_fork_parent, fm_fork_child) != 0 || !fm_thread_start(fm_watch_main, NULL))
+        fm.state = FM_ENGINE_NONE;
+}
+
+/* ---- threads ----------------------------------------------------------------------------------------------- */
+
+struct thread_start {
+    void *(*run)(void *);
+    void *arg;
+    uint32_t used;
+};
+
+/* Not from malloc: pthread_create must not allocate more in our presence than without us. */
+static struct thread_start starts[STARTS_MAX];
+
+static void *run_thread(void *at)
+{
+    struct thread_start *slot = at, mine = *slot;
+    uint64_t tcb;
+    __atomic_store_n(&slot->used, 0, __ATOMIC_RELEASE);
+    __asm__("mov %%fs:0, %0" : "=r"(tcb));
+    fm_keep_thread(tcb);
+    return mine.run(mine.arg);
+}
+
+static struct thread_start *take_start(void)
+{
+    static uint32_t next;
+    for (uint32_t k = 0; k < STARTS_MAX; k++) {
+        struct thread_start *s = &starts[__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) % STARTS_MAX];
+        uint32_t is_free = 0;
+        if (__atomic_compare_exchange_n(&s->used, &is_free, 1, false, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            return s;
+    }
+    return NULL;
+}
+
+EXPORT int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg)
+{
+    static int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+    if (real == NULL)
+        *(void **)&real = dlsym(RTLD_NEXT, "pthread_create");
+    struct thread_start *s = fm.state != FM_ENGINE_NONE ? take_start() : NULL;
+    if (s == NULL)
+        return real(thread, attr, run, arg);
+    s->run = run;
+    s->arg = arg;
+    int r = real(thread, attr, run_thread, s);
+    if (r != 0)
+        __atomic_store_n(&s->used, 0, __ATOMIC_RELEASE);
+    return r;
+}
+
+/* ---- calls after which a page may be read by others when it has left the program --------------------------- */
+
+static void frames_are_shared(void)
+{
+    if (fm.state != FM_ENGINE_NONE && !fm.core.frames_shared)
+        fm_core_share_frames(&fm.core);
+}
+
+static long libc_result(long r)
+{
+    if (r < 0 && r > -4096) {
+        errno = (int)-r;
+        return -1;
+    }
+    return r;
+}
+
+EXPORT ssize_t vmsplice(int fd, const struct iovec *iov, size_t n, unsigned flags)
+{
+    frames_are_shared();
+    return libc_result(fm_sys(SYS_vmsplice, fd, iov, n, flags));
+}
+
+EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t bytes)
+{
+    if (level == SOL_SOCKET && name == SO_ZEROCOPY)
+        frames_are_shared();
+    return (int)libc_result(fm_sys(SYS_setsockopt, fd, level, name, value, bytes));
+}
+
+EXPORT long syscall(long n, ...)
+{
+    va_list args;
+    long a[6];
+    va_start(args, n);
+    for (int k = 0; k < 6; k++)
+        a[k] = va_arg(args, long);
+    va_end(args);
+    if (n == SYS_vmsplice || n == SYS_io_uring_setup)
+        frames_are_shared();
+    return libc_result(fm_sys6(n, a[0], a[1], a[2], a[3], a[4], a[5]));
+}
+
+/* liburing makes its system calls itself. */
+#define WATCHED(name, type, args, names)                        \
+    EXPORT type name args                                       \
+    {                                                           \
+        static type (*real) args;                               \
+        if (real == NULL)                                       \
+            *(void **)&real = dlsym(RTLD_NEXT, #name);          \
+        frames_are_shared();                                    \
+        return real != NULL ? real names : -ENOSYS;             \
+    }
+
+struct io_uring;
+struct io_uring_params;
+WATCHED(io_uring_queue_init, int, (unsigned entries, struct io_uring *ring, unsigned flags), (entries, ring, flags))
+WATCHED(io_uring_queue_init_params, int, (unsigned entries, struct io_uring *ring, struct io_uring_params *p), (entries, ring, p))
+WATCHED(io_uring_setup, int, (unsigned entries, struct io_uring_params *p), (entries, p))

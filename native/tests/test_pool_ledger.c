@@ -1,0 +1,202 @@
+/* test_pool_ledger.c - reference counts of the pool: what is taken comes back, whoever dies.
+ *
+ * One mapping plays the memfd that all processes share; a "process" is a view with its
+ * own number, and a death is fm_pool_ledger_reap().
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "pool_ledger.h"
+
+#define EXTENT_BYTES (FM_EXTENT_SLOTS * 4096ull)
+#define EXTENTS 4u
+#define ROUNDS 200
+
+#define CHECK(x) \
+    do { \
+        if (!(x)) { \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #x); \
+            exit(1); \
+        } \
+    } while (0)
+
+static void *new_ledger(void)
+{
+    uint64_t bytes = fm_pool_ledger_bytes(EXTENTS * EXTENT_BYTES);
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    CHECK(base != MAP_FAILED);
+    CHECK(fm_pool_ledger_init(base, EXTENTS * EXTENT_BYTES) == 0);
+    return base;
+}
+
+static void end_ledger(void *base)
+{
+    CHECK(fm_pool_ledger_used(base) == 0);
+    CHECK(munmap(base, fm_pool_ledger_bytes(EXTENTS * EXTENT_BYTES)) == 0);
+}
+
+static struct fm_pool_ledger view_of(void *base, uint32_t proc)
+{
+    struct fm_pool_ledger l;
+    fm_pool_ledger_view(&l, base, proc);
+    return l;
+}
+
+static void test_bad_sizes_are_refused(void)
+{
+    uint64_t head[512] = {0};
+    CHECK(fm_pool_ledger_init(head, 0) == -1);
+    CHECK(fm_pool_ledger_init(head, EXTENT_BYTES + 4096) == -1);
+    CHECK(fm_pool_ledger_init(head, 1ull << 45) == -1);
+}
+
+static void test_extents_run_out_and_come_back(void)
+{
+    void *base = new_ledger();
+    struct fm_pool_ledger l = view_of(base, 3);
+    uint32_t taken[EXTENTS], seen = 0;
+    for (uint32_t i = 0; i < EXTENTS; i++) {
+        taken[i] = fm_extent_take(&l, FM_EXTENT_NONE);
+        CHECK(taken[i] < EXTENTS);
+        seen |= 1u << taken[i];
+    }
+    CHECK(seen == (1u << EXTENTS) - 1);
+    CHECK(fm_extent_take(&l, FM_EXTENT_NONE) == FM_EXTENT_NONE);
+    fm_extent_release(&l, taken[2]);
+    CHECK(fm_extent_take(&l, 0) == taken[2]);
+    fm_pool_ledger_reap(base, NULL, 3);
+    CHECK(fm_extent_take(&l, 1) == 1);
+    fm_pool_ledger_reap(base, NULL, 3);
+    end_ledger(base);
+}
+
+static void test_a_slot_has_one_taker(void)
+{
+    void *base = new_ledger();
+    struct fm_pool_ledger a = view_of(base, 0), b = view_of(base, 1);
+    uint32_t slot = fm_extent_take(&a, 0) * FM_EXTENT_SLOTS + 7;
+    CHECK(fm_slot_take(&a, slot));
+    CHECK(!fm_slot_take(&b, slot));
+    CHECK(fm_pool_ledger_used(base) == 1);
+    fm_slot_release(&a, slot);
+    CHECK(fm_slot_take(&a, slot));
+    CHECK(fm_pool_ledger_peak(base) == 1);
+    fm_pool_ledger_reap(base, NULL, 0);
+    end_ledger(base);
+}
+
+/* The parent dies first: the child's pages stay, and go with the child. */
+static void test_a_child_keeps_what_its_dead_parent_shared(void)
+{
+    void *base = new_ledger();
+    struct fm_pool_ledger parent = view_of(base, 0), child = view_of(base, 1);
+    uint32_t extent = fm_extent_take(&parent, 0), first = extent * FM_EXTENT_SLOTS;
+    for (uint32_t i = 0; i < 100; i++)
+        CHECK(fm_slot_take(&parent, first + i));
+    fm_pool_ledger_fork(&parent, 1);
+    CHECK(fm_slot_shared(&parent, first) && fm_slot_shared(&child, first + 99));
+    CHECK(!fm_slot_shared(&parent, first + 100));
+    fm_pool_ledger_reap(base, NULL, 0);
+    CHECK(fm_pool_ledger_used(base) == 100);
+    CHECK(!fm_slot_shared(&child, first));
+    CHECK(!fm_slot_take(&child, first));
+    CHECK(fm_extent_take(&parent, first) != extent);
+    fm_pool_ledger_reap(base, NULL, 0);
+    fm_pool_ledger_reap(base, NULL, 1);
+    CHECK(fm_extent_take(&parent, extent) == extent);
+    fm_pool_ledger_reap(base, NULL, 0);
+    end_ledger(base);
+}
+
+/* The memory of an extent goes back to the system with its last slot, and not before. */
+static void test_an_empty_extent_is_returned(void)
+{
+    void *base = new_ledger();
+    char *pool = mmap(NULL, EXTENTS * EXTENT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct fm_pool_ledger parent = view_of(base, 0);
+    CHECK(pool != MAP_FAILED);
+    uint32_t slot = fm_extent_take(&parent, 2) * FM_EXTENT_SLOTS;
+    CHECK(fm_slot_take(&parent, slot));
+    pool[slot * 4096ull] = 42;
+    fm_pool_ledger_fork(&parent, 1);
+    fm_pool_ledger_reap(base, pool, 0);
+    CHECK(pool[slot * 4096ull] == 42);
+    fm_pool_ledger_reap(base, pool, 1);
+    CHECK(pool[slot * 4096ull] == 0);
+    CHECK(munmap(pool, EXTENTS * EXTENT_BYTES) == 0);
+    end_ledger(base);
+}
+
+static uint32_t trimmed;
+static void count_trim(void *ctx, uint32_t extent)
+{
+    (void)ctx;
+    (void)extent;
+    __atomic_add_fetch(&trimmed, 1, __ATOMIC_RELAXED);
+}
+
+struct worker {
+    void *base;
+    uint32_t proc;
+};
+
+/* Take and give back, and leave some for the reaper. */
+static void *work(void *arg)
+{
+    struct worker *w = arg;
+    struct fm_pool_ledger l = view_of(w->base, w->proc);
+    l.trim = count_trim;
+    for (int round = 0; round < ROUNDS; round++) {
+        uint32_t extent = fm_extent_take(&l, FM_EXTENT_NONE);
+        if (extent == FM_EXTENT_NONE)
+            continue;
+        uint32_t first = extent * FM_EXTENT_SLOTS;
+        for (uint32_t i = 0; i < 16; i++)
+            CHECK(fm_slot_take(&l, first + i));
+        fm_pool_ledger_fork(&l, w->proc + 100);
+        for (uint32_t i = 0; i < 8; i++)
+            fm_slot_release(&l, first + i);
+        if (round % 2 == 0) {
+            for (uint32_t i = 8; i < 16; i++)
+                fm_slot_release(&l, first + i);
+            fm_extent_release(&l, extent);
+        } else {
+            fm_pool_ledger_reap(w->base, NULL, w->proc);
+        }
+        fm_pool_ledger_reap(w->base, NULL, w->proc + 100);
+    }
+    return NULL;
+}
+
+static void test_processes_at_once(void)
+{
+    void *base = new_ledger();
+    pthread_t thread[4];
+    struct worker worker[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        worker[i] = (struct worker){base, i};
+        CHECK(pthread_create(&thread[i], NULL, work, &worker[i]) == 0);
+    }
+    for (uint32_t i = 0; i < 4; i++)
+        CHECK(pthread_join(thread[i], NULL) == 0);
+    struct fm_pool_ledger l = view_of(base, 9);
+    for (uint32_t i = 0; i < EXTENTS; i++)
+        CHECK(fm_extent_take(&l, FM_EXTENT_NONE) != FM_EXTENT_NONE);
+    fm_pool_ledger_reap(base, NULL, 9);
+    end_ledger(base);
+}
+
+int main(void)
+{
+    test_bad_sizes_are_refused();
+    test_extents_run_out_and_come_back();
+    test_a_slot_has_one_taker();
+    test_a_child_keeps_what_its_dead_parent_shared();
+    test_an_empty_extent_is_returned();
+    test_processes_at_once();
+    puts("test_pool_ledger: all well");
+    return 0;
+}

@@ -1,0 +1,1 @@
+"""Named safety properties, each with a twin that takes its fix out."""

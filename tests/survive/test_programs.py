@@ -1,0 +1,63 @@
+"""Programs that know nothing of farmem must give the same bytes with too little memory.
+
+Each runs plain once; that run's peak of anonymous memory sets the budgets of 50 and 25 %.  Under
+farmem the output must then be equal, and the counters must show that pages went out and came back:
+a run that was never short of memory would prove nothing.  Some are run again with eviction by
+copying forced (FARMEM_TEST_EVICT=copy), because MOVE is what they would take by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from tests.harness import assert_paged, run_farmem
+from tests.survive.plain import Plain
+from tests.survive.programs import WORKLOADS, Call, Workload
+
+pytestmark = [pytest.mark.survive, pytest.mark.uffd, pytest.mark.move]
+
+PAGE_BYTES = 4096
+FETCHED_PAGES_MIN = 256
+COPIED = [
+    workload for workload in WORKLOADS if workload.name in ("sort", "sqlite", "numpy", "words")
+]
+
+Prepare = Callable[[Workload], tuple[Call, Plain]]
+
+
+def survive(call: Call, plain: Plain, percent: int, evict: str | None = None) -> Mapping[str, Any]:
+    """Run under farmem and compare; gives the statistics for more questions."""
+    budget = plain.budget_bytes(percent)
+    result = run_farmem(
+        call.command,
+        local=str(budget),
+        timeout=60 + 60 * plain.seconds,
+        evict=evict,
+        stdin=call.stdin,
+    )
+    assert call.digest(result.stdout) == plain.digest, result.describe()
+    assert result.stats is not None
+    assert result.stats["budget_bytes"] == budget
+    # At its peak the program held peak_bytes, and no more than the budget of them was local.
+    # Half of the difference leaves room for a peak that scheduling makes a little lower.
+    must_leave = (plain.peak_bytes - budget) // PAGE_BYTES // 2
+    assert_paged(result.stats, must_leave, FETCHED_PAGES_MIN)
+    assert result.stats["pages_lost"] == 0, result.stats
+    return result.stats
+
+
+@pytest.mark.parametrize("percent", [50, 25])
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_same_result(prepared: Prepare, workload: Workload, percent: int) -> None:
+    stats = survive(*prepared(workload), percent)
+    assert stats["pages_moved_out"] > 0, stats
+
+
+@pytest.mark.parametrize("workload", COPIED, ids=lambda workload: workload.name)
+def test_same_result_when_copied_out(prepared: Prepare, workload: Workload) -> None:
+    stats = survive(*prepared(workload), 50, evict="copy")
+    assert stats["pages_copied_out"] > 0, stats
+    assert stats["pages_moved_out"] == 0, stats
