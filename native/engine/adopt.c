@@ -23,7 +23,7 @@ struct span {
 
 struct mapping {
     uint64_t start, end;
-    bool anonymous, private, readable;
+    bool anonymous, private, writable;
     const char *path;
 };
 
@@ -104,7 +104,7 @@ static struct mapping parse(const char *line)
     s++;
     m.end = hex(&s);
     s = skip_word(s);
-    m.readable = s[0] == 'r';
+    m.writable = s[1] == 'w';
     m.private = s[3] == 'p';
     s = skip_word(skip_word(skip_word(s)));
     m.anonymous = s[0] == '0' && s[1] == ' ';
@@ -193,7 +193,7 @@ static bool plain_anonymous(const struct mapping *m)
 
 static void consider(const struct mapping *m)
 {
-    if (!m->anonymous && m->path[0] == '/')
+    if (!m->anonymous && m->private && m->writable && m->path[0] == '/')
         scan.file_end = strcmp(m->path, fm.exe) == 0 ? 0 : m->end;
     if (strstr(m->path, "[io_uring]") != NULL)
         scan.io_uring = true;
