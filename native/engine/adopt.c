@@ -356,7 +356,6 @@ static void core_setup(void)
 static void mark_adopted(void)
 {
     fm.pagemap_scan = true;
-    fm.proc->adoptions++;
     __atomic_store_n(&fm.proc->state, FM_PROC_ADOPTED, __ATOMIC_RELEASE);
 }
 

@@ -179,7 +179,7 @@ static void reset_locks(void)
 {
     fm_lock is_free = { 0 };
     fm.fork_lock = fm.heap_lock = fm.parked_lock = fm.discards_lock = is_free;
-    fm.world = (fm_world){ 0, 0 };
+    fm.world = (fm_world){ 0 };
     fm.parked_n = fm.discards_n = 0;
     fm.bell = fm.evictor_sleeps = fm.freeze = fm.frozen = fm.thaw = 0;
     fm.io_busy = 0;

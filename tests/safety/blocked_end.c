@@ -28,6 +28,7 @@ int main(int argc, char **argv)
     fill(memory, BYTES, 1);
     for (size_t i = 0; i < THREADS; i++)
         CHECK(pthread_create(&id, NULL, toucher, (void *)i) == 0);
+    alarm(60);
     while (atomic_load(&touched) < 4 * THREADS)
         pause_us(1000);
     puts("ready");
@@ -41,7 +42,6 @@ int main(int argc, char **argv)
         fflush(stdout);
         syscall(SYS_exit_group, 0);
     }
-    alarm(60);
     for (;;)
         pause();
 }

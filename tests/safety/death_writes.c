@@ -8,6 +8,7 @@
  * The parent, which reads, holds no memory to speak of: nothing of it is ever managed. */
 #include "safety.h"
 #include <poll.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 
@@ -49,6 +50,7 @@ static void be_written(bool by_exit, size_t until)
     struct rlimit none = {0, 0};
     setrlimit(RLIMIT_CORE, &none);
     signal(SIGPIPE, SIG_IGN);
+    alarm(60);
     words = map(BYTES);
     for (size_t i = 0; i < BYTES / 8; i++)
         words[i] = self_checking(i);
@@ -103,6 +105,7 @@ static size_t one_death(bool sockets, bool by_exit, size_t until, char **argv)
     CHECK(child >= 0);
     if (child == 0) {
         /* By exec, so that the child is a process like any other, not a fork's copy. */
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* should the reader fail, nobody is left writing */
         char *args[THREADS + 5] = {argv[0], (char *)"child", argv[2], numbers[THREADS]};
         for (int i = 0; i < THREADS; i++) {
             snprintf(numbers[i], sizeof numbers[i], "%d", sinks[i]);

@@ -161,6 +161,12 @@ class TestExec:
         assert outputs[0] == outputs[1]
         assert "0027" in outputs[0]
 
+    def test_the_signals_that_python_ignores_are_not_ignored_in_the_command(self) -> None:
+        """Not asked of a Python program: it ignores SIGPIPE and SIGXFSZ by itself."""
+        program = ("grep", "^Sig[BI]", "/proc/self/status")
+        plain = subprocess.run(program, capture_output=True, text=True, check=True)
+        assert farmem("run", *START, "--", *program).stdout == plain.stdout
+
     def test_the_environment_gains_two_words_and_no_more(self) -> None:
         """In a C locale Python adds LC_CTYPE to its own environment: not to the command's."""
         plain = {"PATH": os.environ["PATH"], "LC_ALL": "", "ODD": "a=b\nc"}

@@ -1,0 +1,146 @@
+/* sim_co.c - coroutines and chance.
+ *
+ * A step is one decision of who runs next.  Coroutines that wait for something are not chosen until it is there.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "fm_assert.h"
+#include "sim.h"
+
+#define STACK_BYTES (128u << 10)
+
+struct sim S;
+static char stacks[CO_MAX][STACK_BYTES] __attribute__((aligned(64)));
+
+static uint64_t splitmix(uint64_t *x)
+{
+    uint64_t z = (*x += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+void sim_seed(uint64_t seed)
+{
+    for (int i = 0; i < 4; i++)
+        S.rnd[i] = splitmix(&seed);
+}
+
+static uint64_t rotate(uint64_t x, int k) { return x << k | x >> (64 - k); }
+
+/* xoshiro256++ */
+uint64_t sim_rnd(uint64_t below)
+{
+    uint64_t *s = S.rnd, r = rotate(s[0] + s[3], 23) + s[0], t = s[1] << 17;
+    s[2] ^= s[0];
+    s[3] ^= s[1];
+    s[1] ^= s[2];
+    s[0] ^= s[3];
+    s[2] ^= t;
+    s[3] = rotate(s[3], 45);
+    return (uint64_t)(((unsigned __int128)r * below) >> 64);
+}
+
+/* Saves what the ABI says a call preserves, and goes on where `to` stopped. */
+__attribute__((naked, noinline)) static void co_switch(void **from __attribute__((unused)), void *to __attribute__((unused)))
+{
+    __asm__("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+            "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+            "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
+static void co_entry(void)
+{
+    S.co[S.cur].run(S.cur);
+    sim_violation("a coroutine has ended");
+}
+
+void co_start(uint32_t id, void (*run)(uint32_t id))
+{
+    void **sp = (void **)(stacks[id] + STACK_BYTES);
+    *--sp = NULL;                     /* keeps the stack aligned as a call would */
+    *--sp = (void *)co_entry;
+    for (int i = 0; i < 6; i++)
+        *--sp = NULL;
+    S.co[id] = (struct co){ .sp = sp, .run = run };
+}
+
+static bool can_run(const struct co *c) { return c->sp != NULL && (c->ready == NULL || c->ready(c->arg)); }
+
+void sim_wait(ready_fn ready, void *arg)
+{
+    uint32_t me = S.cur, k;
+    S.co[me].ready = ready;
+    S.co[me].arg = arg;
+    for (uint64_t tries = 0;; tries++) {
+        if (S.deadline != 0 && (++S.steps > S.deadline || tries > 1000000))
+            sim_violation("no progress: waiting for %s", S.waiting_for);
+        if (S.deadline == 0 && tries > 10000000)
+            sim_violation("nobody can run");
+        k = (uint32_t)sim_rnd(CO_N);
+        if ((k == me || S.co[k].sp != NULL) && can_run(&S.co[k]))
+            break;
+    }
+    S.steps += S.deadline == 0;
+    S.co[me].ready = NULL;
+    if (k == me)
+        return;
+    S.co[k].ready = NULL;
+    S.cur = k;
+    co_switch(&S.co[me].sp, S.co[k].sp);
+}
+
+void sim_yield(void) { sim_wait(NULL, NULL); }
+
+void sim_point(void)
+{
+    if (sim_chance(S.calm))
+        sim_yield();
+}
+
+void sim_violation(const char *format, ...)
+{
+    va_list args;
+    fflush(stdout);
+    fprintf(stderr, "VIOLATION: ");
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    fprintf(stderr, "\n  at step %llu of seed %llu%s\n  replay: farmem-sim --seed %llu --steps %llu", (unsigned long long)S.steps,
+            (unsigned long long)S.seed, S.depth > 0 ? ", in a forked child" : "", (unsigned long long)S.seed,
+            (unsigned long long)S.steps_max);
+    if (S.defect_name != NULL)
+        fprintf(stderr, " --defect %s", S.defect_name);
+    fprintf(stderr, "\n");
+    if (getenv("FARMEM_SIM_ABORT") != NULL)
+        abort();
+    _exit(1);
+}
+
+_Noreturn void fm_panic(const char *what, const char *file, int line)
+{
+    sim_violation("assertion failed: %s (%s:%d)", what, file, line);
+}
+
+struct futex { uint32_t *word, seen; };
+static bool futex_changed(void *arg)
+{
+    struct futex *f = arg;
+    return *f->word != f->seen;
+}
+
+void fm_futex_wait(uint32_t *word, uint32_t seen, int64_t timeout_ns)
+{
+    struct futex f = { word, seen };
+    (void)timeout_ns;
+    sim_wait(futex_changed, &f);
+}
+
+void fm_futex_wake(uint32_t *word, int n)
+{
+    (void)word;
+    (void)n;
+}
