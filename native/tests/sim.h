@@ -130,7 +130,8 @@ struct sim {
     struct fm_core *core;
     struct fm_counters count;
     uint32_t shared, in_core;     /* world lock holders; coroutines inside the core */
-    bool exclusive, wanted, gate, freeze, evictor_idle, stop, pool_full, adopting;
+    uint32_t freeze;                  /* 1: no eviction, no new operation of the program; 2: no new fetch either */
+    bool exclusive, wanted, gate, evictor_idle, stop, pool_full, adopting;
     uint32_t completing, stalled_pool;
     uint64_t freed_seq;
     struct fault fault[FAULTS_MAX];

@@ -85,10 +85,9 @@ void sim_wait(ready_fn ready, void *arg)
             break;
     }
     S.steps += S.deadline == 0;
-    S.co[me].ready = NULL;
+    S.co[k].ready = NULL;
     if (k == me)
         return;
-    S.co[k].ready = NULL;
     S.cur = k;
     co_switch(&S.co[me].sp, S.co[k].sp);
 }

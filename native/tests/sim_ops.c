@@ -205,15 +205,16 @@ static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
     sim_point();
 }
 
-static enum fm_res op_fill_frames(void *ctx, uint32_t frame, uint32_t n)
+static enum fm_res op_fill_frames(void *ctx, uint32_t frame, uint32_t n, uint32_t *done)
 {
     (void)ctx;
     sim_point();
-    if (S.changing > 0 && !sim_defect(BLIND))
-        return FM_AGAIN;
-    for (uint32_t f = frame; f < frame + n; f++) {
-        sim_expect(S.frame[f] == PHYS_NONE, "memory is put behind a frame that has some");
-        S.frame[f] = phys_new(0);
+    for (*done = 0; *done < n; ++*done) {
+        sim_point();
+        if (S.changing > 0 && !sim_defect(BLIND))
+            return FM_AGAIN;
+        sim_expect(S.frame[frame + *done] == PHYS_NONE, "memory is put behind a frame that has some");
+        S.frame[frame + *done] = phys_new(0);
     }
     return FM_OK;
 }
@@ -316,7 +317,7 @@ static void op_drop_frames(void *ctx, uint32_t frame, uint32_t n)
 static bool thawed(void *arg)
 {
     (void)arg;
-    return !S.freeze && !S.gate;
+    return S.freeze < 2 && !S.gate;
 }
 
 /* Before a fork no new fetch starts; stores must end. */
@@ -324,7 +325,7 @@ static void op_submit(void *ctx, struct fm_io *io)
 {
     (void)ctx;
     sim_point();
-    if (S.freeze && io->kind == FM_IO_FETCH) {
+    if (S.freeze == 2 && io->kind == FM_IO_FETCH) {
         uint32_t pool = S.cur == CO_POOL || S.cur == CO_POOL2;
         S.in_core--;
         S.stalled_pool += pool;
