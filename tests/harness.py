@@ -271,6 +271,17 @@ def farmem_environment(
     return merged
 
 
+def as_user(user: str, groups: Sequence[int]) -> list[str]:
+    """Words before a command that make it another user's, without any privilege.
+
+    setpriv, not Popen's own way: it keeps root's right to search folders until the exec, so
+    that an interpreter in root's home can be started (it then finds the system's library).
+    """
+    entry = pwd.getpwnam(user)
+    others = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
+    return ["setpriv", "--reuid", str(entry.pw_uid), "--regid", str(entry.pw_gid), *others]
+
+
 @contextlib.contextmanager
 def start_farmem(
     cmd: Sequence[str | os.PathLike[str]],
@@ -297,7 +308,7 @@ def start_farmem(
         if user is not None:
             entry = pwd.getpwnam(user)
             os.chown(folder, entry.pw_uid, entry.pw_gid)
-            popen.update(user=entry.pw_uid, group=entry.pw_gid, extra_groups=list(groups or ()))
+            wrapper = (*wrapper, *as_user(user, groups or ()))
         command = [*wrapper, str(FARMEM), "run", "-m", local, "--stats", str(folder / "stats.json")]
         for item in filters:
             command += ["--filter", item]

@@ -40,8 +40,9 @@ static struct fm_block *block_make(struct fm_core *c, uint64_t page)
         b->slot[i] = FM_SLOT_NONE;
         b->frame[i] = FM_FRAME_NONE;
     }
-    if (page >= c->hull_first && page < c->hull_end)
-        __builtin_memset(b->flags, FM_DISCARDED, sizeof b->flags);
+    if (b->page < c->hull_end && b->page + FM_BLOCK_PAGES > c->hull_first)
+        __builtin_memset(b->flags, fm_defect(c, SKIP_ZAPPING) ? FM_DISCARDED : FM_DISCARDED | FM_ZAPPING, sizeof b->flags);
+    b->zap_turn = __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE);
     return b;
 }
 

@@ -78,13 +78,21 @@ void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i)
         fm_slot_release(&c->ledger, slot);
 }
 
+void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    fm_slot_detach(c, b, i);
+    fm_state_set(c, b, i, FM_FRESH);
+    b->flags[i] &= (uint8_t)~FM_ZAPPING;
+    fm_charge(c, -1);
+}
+
 void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint8_t keep)
 {
     uint32_t f = b->frame[i];
     uint8_t state = b->state[i];
     fm_slot_detach(c, b, i);
     wake_if_waiting(c, b, i);
-    if (state == FM_RESIDENT || (state == FM_LEAVING && f != FM_FRAME_NONE && c->frame[f].copied))
+    if (state == FM_RESIDENT || (state == FM_LEAVING && (f == FM_FRAME_NONE || c->frame[f].copied)))
         fm_charge(c, -1);
     if (f != FM_FRAME_NONE) {
         struct fm_frame *fr = &c->frame[f];
@@ -118,8 +126,10 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
         *res = c->ops->move_in(c->ctx, b->page + i, frame, n, &moved);
     if (*res == FM_REFUSED)
         *res = c->ops->copy_in(c->ctx, b->page + i + moved, frame + moved, n - moved, &copied);
-    for (uint32_t k = 0; k < moved + copied; k++)
+    for (uint32_t k = 0; k < moved + copied; k++) {
         b->frame[i + k] = FM_FRAME_NONE;
+        b->flags[i + k] &= (uint8_t)~FM_ZAPPING;
+    }
     if (moved > 0)
         fm_frames_put(c, frame, moved, FM_FRAME_EMPTY);
     if (copied > 0) {
@@ -259,6 +269,13 @@ static void fetch_done(struct fm_core *c, struct fm_io *done)
         c->ops->submit(c->ctx, &c->frame[io.frame + (uint32_t)__builtin_ctzll(again)].transfer);
 }
 
+/* A thread that can't be let go on now is woken: it faults again. */
+void fm_unprotect(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    if (c->ops->protect(c->ctx, b->page + i, 1, false) != FM_OK)
+        c->ops->wake(c->ctx, b->page + i, 1);
+}
+
 /* A store failed for good: the page goes back to the program, which has the only copy. */
 static void store_failed(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
 {
@@ -268,7 +285,7 @@ static void store_failed(struct fm_core *c, struct fm_block *b, uint32_t i, uint
         b->frame[i] = FM_FRAME_NONE;
         fm_frames_put(c, f, 1, FM_FRAME_FREE);
         fm_page_resident(c, b, i, 1);
-        c->ops->protect(c->ctx, b->page + i, 1, false);
+        fm_unprotect(c, b, i);
         return;
     }
     enum fm_res r = FM_AGAIN;
@@ -340,31 +357,48 @@ void fm_core_io_done(struct fm_core *c, struct fm_io *io)
     c->ops->frames_freed(c->ctx);
 }
 
+/* Inside the block of a page, made when needed; NULL: no memory. */
+static struct fm_block *enter_block(struct fm_core *c, uint64_t page)
+{
+    for (;;) {
+        struct fm_block *b = fm_block_get(c, page);
+        if (b == NULL)
+            return NULL;
+        fm_block_enter(c, b);
+        if (fm_block_find(c, page) == b)
+            return b;
+        fm_block_leave(c, b);           /* it was unmapped, and its record freed, in between */
+    }
+}
+
 static void found_in_block(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t n)
 {
     uint64_t there[FM_BLOCK_PAGES / 64];
     uint32_t run = 0;
-    fm_block_enter(c, b);
     c->ops->present(c->ctx, b->page + i, n, there);
     for (uint32_t k = i; k <= i + n; k++) {
         bool fresh = k < i + n && b->state[k] == FM_FRESH && (there[(k - i) / 64] >> ((k - i) % 64) & 1) != 0;
+        if (fresh)
+            b->flags[k] |= FM_DISCARDED;     /* it may have been freed (MADV_FREE) before we looked on */
         if (!fresh && run > 0) {
             fm_charge(c, run);
             fm_page_resident(c, b, k - run, run);
         }
         run = fresh ? run + 1 : 0;
     }
-    fm_block_leave(c, b);
 }
 
 void fm_core_found(struct fm_core *c, uint64_t page, uint32_t n)
 {
     while (n > 0) {
-        uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
-        uint32_t k = n < FM_BLOCK_PAGES - i ? n : FM_BLOCK_PAGES - i;
-        struct fm_block *b = fm_block_get(c, page);
+        uint32_t left = FM_BLOCK_PAGES - (uint32_t)(page % FM_BLOCK_PAGES), k = n < left ? n : left;
+        struct fm_block *b = enter_block(c, page);
+        struct fm_range piece = { .page = page, .end = page };
+        /* What was unmapped since the caller looked may be somebody else's by now, and not registered. */
+        while (b != NULL && piece.end < page + k && fm_ranges_next(&c->managed, piece.end, page + k, &piece))
+            found_in_block(c, b, (uint32_t)(piece.page - b->page), (uint32_t)(piece.end - piece.page));
         if (b != NULL)
-            found_in_block(c, b, i, k);
+            fm_block_leave(c, b);
         page += k;
         n -= k;
     }
@@ -373,13 +407,17 @@ void fm_core_found(struct fm_core *c, uint64_t page, uint32_t n)
 void fm_core_keep(struct fm_core *c, uint64_t page, uint64_t n)
 {
     for (; n > 0 && !fm_defect(c, ADOPT_TLS); n--, page++) {
-        struct fm_block *b = fm_block_get(c, page);
+        struct fm_block *b = enter_block(c, page);
         if (b == NULL)
             continue;
-        fm_block_enter(c, b);
         b->flags[page % FM_BLOCK_PAGES] |= FM_KEEP;
         fm_block_leave(c, b);
     }
+}
+
+void fm_core_zaps_done(struct fm_core *c)
+{
+    __atomic_add_fetch(&c->zap_turn, 1, __ATOMIC_ACQ_REL);
 }
 
 void fm_core_recount(struct fm_core *c, uint64_t page, uint64_t n)
@@ -395,10 +433,8 @@ void fm_core_recount(struct fm_core *c, uint64_t page, uint64_t n)
             c->ops->present(c->ctx, page, k, bits);
             for (uint32_t j = 0; j < k; j++)
                 if (b->state[i + j] == FM_RESIDENT && (b->flags[i + j] & FM_DISCARDED) != 0 &&
-                    (bits[j / 64] >> (j % 64) & 1) == 0) {
-                    fm_state_set(c, b, i + j, FM_FRESH);
-                    fm_charge(c, -1);
-                }
+                    (bits[j / 64] >> (j % 64) & 1) == 0)
+                    fm_page_gone(c, b, i + j);
             fm_lock_drop(&b->lock);
         }
         c->ops->leave(c->ctx);

@@ -49,6 +49,8 @@ enum fm_flag_bits {
                            * kernel zaps after the event was read, however late that is */
     FM_WAITING = 4,       /* a fault waits for the operation under way */
     FM_HASHED = 8,        /* hash[] is that of the bytes in slot[] */
+    FM_ZAPPING = 16,      /* discarded while it may have been there, and not known to have gone since: if it left
+                           * now, the zap would miss it and the old bytes would come back */
     FM_KEEP = 32,         /* never evict: thread control block, TLS, locked */
     FM_MARKER = 64,       /* staged at the end of a window: touching it starts the next */
     FM_DROPPING = 128     /* our own drop is under way: its REMOVE event is not the program's */
@@ -60,6 +62,7 @@ struct fm_block {
     struct fm_block *next;            /* all blocks (or the free ones, or limbo) */
     fm_lock lock;
     uint32_t extent;                  /* where new slots come from */
+    uint32_t zap_turn;                /* fm_core.zap_turn when a page here was last marked FM_ZAPPING */
     uint64_t limbo_mask[FM_BLOCK_PAGES / 64];
     uint8_t state[FM_BLOCK_PAGES];
     uint8_t flags[FM_BLOCK_PAGES];
@@ -133,10 +136,12 @@ struct fm_ops {
     enum fm_res (*fill_frames)(void *ctx, uint32_t frame, uint32_t n, uint32_t *done);   /* memory behind empty ones */
     /* The frame's bytes.  All private to us while the frame is BUSY. */
     void (*clear)(void *ctx, uint32_t frame, uint32_t n);
-    bool (*hash)(void *ctx, uint32_t frame, uint64_t hash[2]);   /* true: all zeros */
+    /* true: all zeros.  It must first rewrite a word of the page: one that the program has freed with MADV_FREE
+     * could else be taken by the kernel between the look and the store. */
+    bool (*hash)(void *ctx, uint32_t frame, uint64_t hash[2]);
     /* may wait; called outside every lock: */
     bool (*read_page)(void *ctx, uint64_t page, uint32_t frame); /* false: not there */
-    enum fm_res (*drop)(void *ctx, uint64_t page, uint32_t n);
+    enum fm_res (*drop)(void *ctx, uint64_t page, uint32_t n);   /* not FM_OK: nothing was done, no event raised */
     void (*unshare)(void *ctx, uint64_t page, uint32_t n);
     void (*drop_frames)(void *ctx, uint32_t frame, uint32_t n);
     void (*submit)(void *ctx, struct fm_io *io);                 /* ends in fm_core_io_done() */
@@ -196,8 +201,9 @@ struct fm_core {
     fm_lock blocks_lock;
     struct fm_block *blocks, *blocks_free, *limbo;
     uint64_t blocks_made;
-    /* Blocks between these were discarded before they had a record: pages there count as FM_DISCARDED */
+    /* Blocks between these were discarded before they had a record: pages there count as FM_DISCARDED and FM_ZAPPING */
     uint64_t hull_first, hull_end;
+    uint32_t zap_turn;           /* how often fm_core_zaps_done() was called */
 
     /* ranges.c: changed with the world held exclusively */
     struct fm_ranges managed;    /* registered, as far as the events that were read tell */
@@ -238,6 +244,9 @@ void fm_core_found(struct fm_core *c, uint64_t page, uint32_t n);
 void fm_core_keep(struct fm_core *c, uint64_t page, uint64_t n);
 /* Pages that were discarded and have gone by now no longer count as local. */
 void fm_core_recount(struct fm_core *c, uint64_t page, uint64_t n);
+/* Every discard whose event was applied before the last call of this has been carried out by now.  Without
+ * these calls pages that were freed and are still there (MADV_FREE) are never evicted. */
+void fm_core_zaps_done(struct fm_core *c);
 /* From now on others may be reading frames behind our back (vmsplice ...): never rewrite one again. */
 void fm_core_share_frames(struct fm_core *c);
 
@@ -301,6 +310,10 @@ void fm_stream_took(struct fm_core *c, uint64_t page, uint32_t planned, uint32_t
 uint32_t fm_stream_ahead(struct fm_core *c, uint64_t page, uint64_t *from);
 
 void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t n);
+/* Missing means zeros from now on, and nothing that is there may leave before the kernel has zapped it. */
+void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* A page that counts as local turned out to be missing, and that means zeros. */
+void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* Forget all about a page: its slot, its frame; FRESH.  Flags in keep survive. */
 void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint8_t keep);
 void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i);
@@ -308,6 +321,7 @@ void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i);
 uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t frame, uint32_t n, enum fm_res *res);
 void fm_charge(struct fm_core *c, int64_t pages);
 void fm_state_set(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_state s);
+void fm_unprotect(struct fm_core *c, struct fm_block *b, uint32_t i);
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A run of frames with memory behind them, in hand: free ones, or made, or reclaimed.  How many (0: none now). */
 uint32_t fm_frames_for_fetch(struct fm_core *c, uint32_t want, uint32_t *first);

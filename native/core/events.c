@@ -42,21 +42,28 @@ static bool walk_next(struct fm_core *c, struct walk *w)
 
 /* ---- discard ----------------------------------------------------------------------------------- */
 
+void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    b->flags[i] |= fm_defect(c, SKIP_ZAPPING) ? FM_DISCARDED : FM_DISCARDED | FM_ZAPPING;
+    b->zap_turn = __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE);
+    if (b->state[i] == FM_RESIDENT)
+        fm_slot_detach(c, b, i);
+}
+
 static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
-    uint8_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED;
+    uint8_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED | FM_ZAPPING;
     if ((b->flags[i] & FM_DROPPING) != 0) {
         /* One event is our own drop's.  Should the program discard the page at the same time there are two, and it does
          * not matter which is taken for which. */
         b->flags[i] &= (uint8_t)~FM_DROPPING;
         return;
     }
-    b->flags[i] |= FM_DISCARDED;
+    fm_page_discarded(c, b, i);
     switch ((enum fm_state)b->state[i]) {
     case FM_FRESH:
         break;
     case FM_RESIDENT:
-        fm_slot_detach(c, b, i);
         if (fm_defect(c, REMOVE_IS_FRESH)) {
             fm_state_set(c, b, i, FM_FRESH);
             b->flags[i] &= (uint8_t)~FM_DISCARDED;
@@ -133,6 +140,8 @@ static void limbo_drop(struct fm_core *c, struct fm_block *b, uint32_t i)
         any |= b->limbo_mask[w];
     if (any != 0)
         return;
+    if (b->extent != FM_EXTENT_NONE)
+        fm_extent_release(&c->ledger, b->extent);
     struct fm_block **at = &c->limbo;
     while (*at != b)
         at = &(*at)->next;
@@ -145,24 +154,33 @@ static void limbo_drop(struct fm_core *c, struct fm_block *b, uint32_t i)
 
 /* A page that is being copied out is still the program's, wherever it goes: the copy is given up.  Were it being
  * dropped as well, only a look at the new place tells which was first, the drop or the move. */
+static void settle_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, bool there)
+{
+    if (there)
+        fm_slot_detach(c, b, i);
+    b->frame[i] = FM_FRAME_NONE;
+    b->flags[i] &= (uint8_t)~FM_DROPPING;
+    /* No slot: it was all zeros, or has been discarded meanwhile. */
+    fm_state_set(c, b, i, there ? FM_RESIDENT : b->slot[i] != FM_SLOT_NONE ? FM_REMOTE : FM_FRESH);
+    if (!there)
+        fm_charge(c, -1);
+}
+
 static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t now_at)
 {
     uint32_t f = b->frame[i];
     uint64_t there = 1;
     if (b->state[i] != FM_LEAVING || f == FM_FRAME_NONE || !c->frame[f].copied)
         return;
-    if (now_at != FM_PAGE_NONE)
-        c->ops->present(c->ctx, now_at, 1, &there);
-    if (c->frame[f].io != 0 || b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) == 0)
-        there = 1;                           /* not stored yet, so it can't have been dropped */
+    bool dropping = c->frame[f].dropping;    /* if not, it is there for certain */
     c->frame[f].page = FM_PAGE_NONE;
-    if ((there & 1) != 0)
-        fm_slot_detach(c, b, i);
-    b->frame[i] = FM_FRAME_NONE;
-    b->flags[i] &= (uint8_t)~FM_DROPPING;
-    fm_state_set(c, b, i, (there & 1) != 0 ? FM_RESIDENT : FM_REMOTE);
-    if ((there & 1) == 0)
-        fm_charge(c, -1);
+    if (dropping && now_at == FM_PAGE_NONE) {
+        b->frame[i] = FM_FRAME_NONE;         /* LEAVING without a frame, in limbo: settled when it comes out */
+        return;
+    }
+    if (dropping)
+        c->ops->present(c->ctx, now_at, 1, &there);
+    settle_given_up(c, b, i, (there & 1) != 0);
 }
 
 /* QUEUED belongs to the address, everything else to the page. */
@@ -252,16 +270,21 @@ void fm_core_unmapped(struct fm_core *c, uint64_t page, uint64_t n)
 /* One page's record goes from its old place to its new one. */
 static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
 {
-    struct fm_block *b = limbo_find(c, from);
-    bool owed = b != NULL;
+    struct fm_range debt;
+    uint64_t there;
+    /* With a debt the event is about the old use of the range, even where that left no record. */
+    bool owed = fm_ranges_next(&c->debts, from, from + 1, &debt);
+    struct fm_block *b = owed ? limbo_find(c, from) : fm_block_find(c, from);
     uint32_t i = (uint32_t)(from % FM_BLOCK_PAGES), j = (uint32_t)(to % FM_BLOCK_PAGES);
-    if (!owed)
-        b = fm_block_find(c, from);
     if (b == NULL || (b->state[i] == FM_FRESH && (b->flags[i] & ~FM_QUEUED) == 0))
         return;
     struct fm_block *d = fm_block_get(c, to);
     fm_assert(d != NULL);                    /* without a record its bytes would be lost: stop */
     copy_given_up(c, b, i, to);
+    if (b->state[i] == FM_LEAVING && b->frame[i] == FM_FRAME_NONE) {
+        c->ops->present(c->ctx, to, 1, &there);
+        settle_given_up(c, b, i, (there & 1) != 0);
+    }
     record_move(c, b, i, d, j);
     if (owed)
         limbo_drop(c, b, i);
@@ -277,7 +300,8 @@ void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
     fm_add(c->count->events_remap, 1);
     if (fm_defect(c, IGNORE_REMAP))
         return;
-    for (uint64_t at = to; at < to + n && fm_ranges_next(&c->managed, at, to + n, &old); at = old.end) {
+    uint64_t stale_end = fm_defect(c, SKIP_LIMBO) ? to : to + n;
+    for (uint64_t at = to; at < stale_end && fm_ranges_next(&c->managed, at, to + n, &old); at = old.end) {
         for (uint64_t p = old.page; p < old.end; p++)
             into_limbo(c, p);
         fm_ranges_add(c, &c->debts, old.page, old.end);

@@ -47,9 +47,16 @@ static bool slot_grant(struct fm_core *c, struct fm_block *b, uint32_t i)
     return slot_usable(c, b, i);
 }
 
-static bool evictable(const struct fm_block *b, uint32_t i)
+/* The program discarded the page, and the kernel may still be about to zap it.  Two turns: the first call of
+ * fm_core_zaps_done() after the event may have been on its way before it. */
+static bool zapping(const struct fm_core *c, const struct fm_block *b, uint32_t i)
 {
-    return b->state[i] == FM_RESIDENT && (b->flags[i] & FM_KEEP) == 0;
+    return (b->flags[i] & FM_ZAPPING) != 0 && __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE) - b->zap_turn < 2;
+}
+
+static bool evictable(const struct fm_core *c, const struct fm_block *b, uint32_t i)
+{
+    return b->state[i] == FM_RESIDENT && (b->flags[i] & FM_KEEP) == 0 && !zapping(c, b, i);
 }
 
 /* Pages b[i..i+n) are in frames f.. now, or will be copied there. */
@@ -74,15 +81,29 @@ static void to_the_back(struct fm_core *c, struct fm_block *b, uint32_t i)
     fm_queue_push(c, b->page + i, 1);
 }
 
+enum step { STEP_OK, STEP_RETRY, STEP_FULL, STEP_FRAMES };
+
+struct run {
+    uint64_t page;
+    uint32_t n;
+    uint32_t first, frames;      /* empty frames in hand */
+    bool unshared;               /* the sharing has been ended: what is busy now is pinned */
+    uint32_t busy;               /* stopped there: pages to be unshared */
+};
+
 /* ---- the copy path ------------------------------------------------------------------------- */
 
 /* Write-protect b[i] and mark it; its bytes are read when no lock is held. */
-static enum fm_res copy_begin(struct fm_core *c, struct fm_block *b, uint32_t i, struct batch *batch)
+static enum fm_res copy_begin(struct fm_core *c, struct fm_block *b, uint32_t i, struct run *run, struct batch *batch)
 {
     uint32_t f, made;
     if (fm_frames_take(c, FM_FRAME_FREE, 1, &f) == 0) {
-        if (fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0)
+        if (run->frames > 0) {           /* taken for moving, and maybe the last ones */
+            f = run->first++;
+            run->frames--;
+        } else if (fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0) {
             return FM_FAIL;
+        }
         if (c->ops->fill_frames(c->ctx, f, 1, &made) != FM_OK) {
             fm_frames_put(c, f, 1, FM_FRAME_EMPTY);
             return FM_AGAIN;
@@ -106,13 +127,13 @@ static void copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
     fm_frames_put(c, f, 1, FM_FRAME_FREE);
     c->ops->present(c->ctx, b->page + i, 1, &there);
     if ((there & 1) == 0 && (b->flags[i] & FM_DISCARDED) != 0) {
-        fm_state_set(c, b, i, FM_FRESH);
-        fm_charge(c, -1);
+        fm_page_gone(c, b, i);
+        b->flags[i] &= (uint8_t)~FM_WAITING;
         c->ops->wake(c->ctx, b->page + i, 1);
         return;
     }
     fm_page_resident(c, b, i, 1);
-    c->ops->protect(c->ctx, b->page + i, 1, false);
+    fm_unprotect(c, b, i);
 }
 
 /* Is frame f still that of a page on its way out?  If so: inside its block.  An orphan is put back. */
@@ -148,48 +169,43 @@ static bool copy_read(struct fm_core *c, uint32_t f)
 
 static bool copying(const struct fm_core *c) { return !c->can_move || c->evict_mode == FM_EVICT_COPY; }
 
-enum step { STEP_OK, STEP_RETRY, STEP_FULL, STEP_FRAMES };
-
-struct run {
-    uint64_t page;
-    uint32_t n;
-    uint32_t first, frames;      /* empty frames in hand */
-    bool unshared;               /* the sharing has been ended: what is busy now is pinned */
-    uint32_t busy;               /* stopped there: pages to be unshared */
-};
+/* b[i] can't leave now, or has gone. */
+static void stays(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    uint64_t there;
+    c->ops->present(c->ctx, b->page + i, 1, &there);
+    if ((there & 1) != 0)
+        to_the_back(c, b, i);
+    else if ((b->flags[i] & FM_DISCARDED) != 0)
+        fm_page_gone(c, b, i);
+}
 
 /* MOVE refused b[i]. */
 static enum step refused(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_res r, struct run *run, struct batch *batch)
 {
-    uint64_t there;
     switch (r) {
     case FM_AGAIN:
         return STEP_RETRY;
     case FM_BUSY:
         if (!run->unshared) {
-            run->busy = 1;
+            for (run->busy = 1; run->busy < run->n && evictable(c, b, i + run->busy);)
+                run->busy++;
             return STEP_OK;
         }
         fm_add(c->count->pages_pinned, 1);
         if (fm_defect(c, COPY_PINNED))
-            return copy_begin(c, b, i, batch) == FM_AGAIN ? STEP_RETRY : STEP_OK;
+            return copy_begin(c, b, i, run, batch) == FM_AGAIN ? STEP_RETRY : STEP_OK;
         to_the_back(c, b, i);
         return STEP_OK;
     case FM_REFUSED:
-        r = copy_begin(c, b, i, batch);
+        r = copy_begin(c, b, i, run, batch);
         if (r == FM_OK || r == FM_AGAIN || r == FM_FAIL)
             return r == FM_OK ? STEP_OK : r == FM_AGAIN ? STEP_RETRY : STEP_FRAMES;
         break;
     default:
         break;
     }
-    c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) != 0) {
-        to_the_back(c, b, i);
-    } else if ((b->flags[i] & FM_DISCARDED) != 0) {
-        fm_state_set(c, b, i, FM_FRESH);
-        fm_charge(c, -1);
-    }
+    stays(c, b, i);
     return STEP_OK;
 }
 
@@ -204,14 +220,20 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
         enum fm_res r = FM_REFUSED;
         if (batch->n == BATCH_MAX)
             return STEP_FRAMES;
-        if (evictable(b, i) && !slot_grant(c, b, i))
+        if (evictable(c, b, i) && !slot_grant(c, b, i))
             return STEP_FULL;
-        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(b, i + n) && slot_grant(c, b, i + n))
+        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(c, b, i + n) && slot_grant(c, b, i + n))
             n++;
-        if (n == 0 && evictable(b, i) && !copy)
+        if (n == 0 && evictable(c, b, i) && !copy)
             return STEP_FRAMES;
         if (n > 0 && !copy)
             r = c->ops->move_out(c->ctx, run->page, run->first, n, &done);
+        if (r == FM_REFUSED && n > done + 1) {
+            /* The run may just reach beyond its mapping: only a page that is refused by itself may be copied. */
+            uint32_t one = 0;
+            r = c->ops->move_out(c->ctx, run->page + done, run->first + done, 1, &one);
+            done += one;
+        }
         if (done > 0) {
             leaving(c, b, i, run->first, done, false, batch);
             fm_add(c->count->pages_moved_out, done);
@@ -225,8 +247,10 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
         if (done > 0 && (r == FM_OK || run->n == 0 || batch->n == BATCH_MAX))
             continue;
         b->flags[i + done] &= (uint8_t)~FM_QUEUED;
-        if (evictable(b, i + done))
+        if (evictable(c, b, i + done))
             s = refused(c, b, i + done, r, run, batch);
+        else if (b->state[i + done] == FM_RESIDENT && zapping(c, b, i + done))
+            stays(c, b, i + done);
         if (s == STEP_OK && run->busy == 0) {
             run->page++;
             run->n--;
@@ -246,9 +270,9 @@ static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *b
         if (run->busy != 0) {
             /* Making a page private can fault on one that was just discarded: zeros must be had then. */
             __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
-            c->ops->unshare(c->ctx, run->page, run->n);
+            c->ops->unshare(c->ctx, run->page, run->busy);
             __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
-            fm_add(c->count->pages_unshared, run->n);
+            fm_add(c->count->pages_unshared, run->busy);
             run->unshared = true;
             run->busy = 0;
         }
@@ -425,21 +449,29 @@ static bool drop_begin(struct fm_core *c, uint32_t f, uint64_t *page)
     return ok;
 }
 
-static void drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
+/* False: it was not dropped and yet is not there, so an event must be read first (it was moved, most likely). */
+static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
 {
     uint64_t there = 0;
-    c->frame[f].dropping = 0;
     struct fm_block *b = enter_leaving(c, f);
     if (b == NULL)
-        return;
+        return true;
+    c->frame[f].dropping = 0;            /* not before: a REMAP that is applied until then must know */
     uint32_t i = (uint32_t)(c->frame[f].page - b->page);
+    bool event = (b->flags[i] & FM_DROPPING) == 0;
     b->flags[i] &= (uint8_t)~FM_DROPPING;
     if (r != FM_OK)
         c->ops->present(c->ctx, b->page + i, 1, &there);
     if ((there & 1) != 0) {
         b->flags[i] |= FM_KEEP;              /* locked, most likely: leave it be */
         copy_undo(c, b, i, f);
+        if (event)
+            fm_page_discarded(c, b, i);      /* it may have been the program's after all */
+    } else if (r != FM_OK && !event) {
+        to_drop(c, f);
     } else {
+        if (r != FM_OK)
+            fm_slot_detach(c, b, i);         /* not ours, so the event was the program's, and so was the zap */
         b->frame[i] = FM_FRAME_NONE;
         fm_frames_put(c, f, 1, FM_FRAME_FREE);
         /* No slot: all zeros, or discarded by the program while we were at it. */
@@ -450,13 +482,14 @@ static void drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
         b->flags[i] &= (uint8_t)~FM_WAITING;
     }
     fm_block_leave(c, b);
+    return r == FM_OK || (there & 1) != 0 || event;
 }
 
 static void run_drops(struct fm_core *c)
 {
     uint32_t frame[BATCH_MAX];
-    uint64_t page[BATCH_MAX];
-    for (;;) {
+    uint64_t page;
+    for (bool all = true; all;) {
         uint32_t n = 0;
         fm_lock_take(&c->drops_lock);
         while (n < BATCH_MAX && c->drops_n > 0)
@@ -464,18 +497,10 @@ static void run_drops(struct fm_core *c)
         fm_lock_drop(&c->drops_lock);
         if (n == 0)
             return;
+        /* One by one: of a run that failed half-way nobody could say which pages are gone by whose doing. */
         for (uint32_t k = 0; k < n; k++)
-            page[k] = drop_begin(c, frame[k], &page[k]) ? page[k] : FM_PAGE_NONE;
-        for (uint32_t k = 0, run; k < n; k += run) {
-            /* The list is a stack, so neighbours come in descending order. */
-            for (run = 1; k + run < n && page[k] != FM_PAGE_NONE && page[k + run] == page[k] - run; run++)
-                continue;
-            if (page[k] == FM_PAGE_NONE)
-                continue;
-            enum fm_res r = c->ops->drop(c->ctx, page[k + run - 1], run);
-            for (uint32_t j = k; j < k + run; j++)
-                drop_end(c, frame[j], r);
-        }
+            if (drop_begin(c, frame[k], &page))
+                all = drop_end(c, frame[k], c->ops->drop(c->ctx, page, 1)) && all;
     }
 }
 
@@ -492,7 +517,8 @@ static void put_back_dirty(struct fm_core *c)
         if (b != NULL && !fm_in_limbo(b)) {
             fm_lock_take(&b->lock);
             uint32_t i = (uint32_t)(fr->page - b->page);
-            if (fr->page != FM_PAGE_NONE && b->frame[i] == f && b->state[i] == FM_STAGED && fr->dirty && fr->io == 0)
+            /* Before we had the lock a fault may have put it back, and the frame may be another page's by now. */
+            if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fr->dirty && fr->io == 0)
                 fm_install(c, b, i, f, 1, &r);
             fm_lock_drop(&b->lock);
         }
@@ -534,50 +560,4 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
     if (s == STEP_FULL)
         return FM_EVICT_FULL;
     return out > 0 ? FM_EVICT_DONE : FM_EVICT_NOTHING;
-}
-
-/* ---- frames back from the staged pages --------------------------------------------------------- */
-
-uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
-{
-    uint32_t made = 0, tries = c->frames_n, f;
-    while (made < n && tries-- > 0 && (f = fm_frame_oldest(c)) != FM_FRAME_NONE) {
-        c->ops->enter(c->ctx);
-        struct fm_block *b = fm_block_of_owner(c, __atomic_load_n(&c->frame[f].page, __ATOMIC_RELAXED));
-        if (b != NULL) {
-            fm_lock_take(&b->lock);
-            uint32_t i = (uint32_t)(c->frame[f].page - b->page);
-            if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fm_frame_unstage(c, f)) {
-                fm_assert(b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0);
-                b->frame[i] = FM_FRAME_NONE;
-                b->flags[i] &= (uint8_t)~FM_MARKER;
-                fm_state_set(c, b, i, FM_REMOTE);
-                fm_frames_put(c, f, 1, FM_FRAME_FREE);
-                made++;
-            }
-            fm_lock_drop(&b->lock);
-        }
-        c->ops->leave(c->ctx);
-    }
-    return made;
-}
-
-uint32_t fm_core_shrink(struct fm_core *c, uint32_t n)
-{
-    uint32_t gone = 0, first, k;
-    while (gone < n) {
-        uint32_t want = n - gone < 64 ? n - gone : 64;
-        k = fm_frames_take(c, FM_FRAME_DEAD, want, &first);
-        if (k == 0)
-            k = fm_frames_take(c, FM_FRAME_FREE, want, &first);
-        if (k == 0 && fm_core_reclaim(c, want) == 0)
-            break;
-        if (k == 0)
-            continue;
-        c->ops->drop_frames(c->ctx, first, k);
-        fm_frames_put(c, first, k, FM_FRAME_EMPTY);
-        fm_charge(c, -(int64_t)k);
-        gone += k;
-    }
-    return gone;
 }

@@ -74,6 +74,8 @@ static enum fm_fault_result fault_fresh(struct fm_core *c, struct fm_block *b, u
         else
             r = c->ops->zero(c->ctx, b->page + i, n, &done);
         fm_charge(c, (int64_t)done - n);
+        for (uint32_t k = 0; k < done; k++)
+            b->flags[i + k] &= (uint8_t)~FM_ZAPPING;
         if (done > 0)
             fm_page_resident(c, b, i, done);
     } else {
@@ -136,21 +138,23 @@ static enum fm_fault_result fault_remote(struct fm_core *c, struct fm_block *b, 
     return FM_FAULT_WAIT;
 }
 
-/* Marked resident.  A thread may have been overtaken by another that resolved the same fault; a page that
- * was discarded has gone; anything else must be explained by an event that is still to be read, or is our bug. */
+/* Marked resident.  A thread may have been overtaken by another that resolved the same fault (and then the page is
+ * there); a page that was discarded has gone (see look()); anything else must be explained by an event that is
+ * still to be read, or is our bug. */
 static enum fm_fault_result fault_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t bits)
 {
-    uint64_t there;
     if ((bits & FM_FAULT_PROTECTED) != 0) {
         fm_add(c->count->faults_write_protect, 1);
-        return c->ops->protect(c->ctx, b->page + i, 1, false) == FM_AGAIN ? FM_FAULT_RETRY : FM_FAULT_DONE;
+        enum fm_res off = c->ops->protect(c->ctx, b->page + i, 1, false);
+        return off == FM_OK ? FM_FAULT_DONE : settle(c, b, i, off);
     }
-    c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) != 0) {
-        fm_add(c->count->faults_spurious, 1);
-        c->ops->wake(c->ctx, b->page + i, 1);
-        return FM_FAULT_DONE;
-    }
+    fm_add(c->count->faults_spurious, 1);
+    c->ops->wake(c->ctx, b->page + i, 1);
+    return FM_FAULT_DONE;
+}
+
+static enum fm_fault_result fault_missing(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
     enum fm_res r = c->ops->poison(c->ctx, b->page + i);
     if (r != FM_OK)
         return settle(c, b, i, r);
@@ -229,14 +233,15 @@ static enum fm_fault_result look(struct fm_core *c, struct fm_block *b, uint32_t
     case FM_FRESH:
         return fault_fresh(c, b, i, bits, want, h, took);
     case FM_RESIDENT:
-        if ((b->flags[i] & FM_DISCARDED) != 0 && (bits & FM_FAULT_PROTECTED) == 0) {
-            uint64_t there;
+        if ((bits & FM_FAULT_PROTECTED) == 0) {
+            uint64_t there;      /* looked at once: a discarded page can go between two looks */
             c->ops->present(c->ctx, b->page + i, 1, &there);
-            if ((there & 1) == 0) {
-                fm_state_set(c, b, i, FM_FRESH);
-                fm_charge(c, -1);
+            if ((there & 1) == 0 && (b->flags[i] & FM_DISCARDED) != 0) {
+                fm_page_gone(c, b, i);
                 return fault_fresh(c, b, i, bits, want, h, took);
             }
+            if ((there & 1) == 0)
+                return fault_missing(c, b, i);
         }
         return fault_resident(c, b, i, bits);
     case FM_LEAVING:
@@ -280,7 +285,9 @@ enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bi
     bool plan = s == FM_FRESH || s == FM_REMOTE;
     if (plan)
         want = fm_stream_plan(c, page);
-    if (wants_frames(c, b, i))
+    bool asked = wants_frames(c, b, i);
+again:
+    if (asked)
         h.n = fm_frames_for_fetch(c, want, &h.first);
     c->ops->enter(c->ctx);
     if (fm_block_find(c, page) != b) {      /* its range was unmapped in between */
@@ -293,6 +300,10 @@ enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bi
     fm_lock_drop(&b->lock);
     c->ops->leave(c->ctx);
     put_hand(c, &h);
+    if (r == FM_FAULT_NO_FRAME && !asked) {
+        asked = true;                        /* the page changed after the guess: nobody has looked for a frame yet */
+        goto again;
+    }
     if (plan && took > 0)
         fm_stream_took(c, page, want, took);
     if (io != NULL)

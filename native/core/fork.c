@@ -10,7 +10,7 @@
 #include "core/core.h"
 #include "fm_assert.h"
 
-static void settle_page(struct fm_block *b, uint32_t i, uint64_t there)
+static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t there)
 {
     b->flags[i] &= FM_DISCARDED | FM_HASHED | FM_KEEP;
     b->frame[i] = FM_FRAME_NONE;
@@ -26,8 +26,11 @@ static void settle_page(struct fm_block *b, uint32_t i, uint64_t there)
             b->state[i] = FM_LOST;
         break;
     case FM_RESIDENT:
-        if ((there & 1) == 0)     /* discarded just now; the zap came before the snapshot, or the event did */
-            b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
+        if ((there & 1) != 0)
+            break;
+        /* Discarded just now; the zap came before the snapshot, or the event did. */
+        fm_slot_detach(c, b, i);
+        b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
         break;
     default:
         break;
@@ -41,7 +44,7 @@ static void settle_block(struct fm_core *c, struct fm_block *b)
     b->extent = FM_EXTENT_NONE;            /* the parent goes on filling it */
     c->ops->present(c->ctx, b->page, FM_BLOCK_PAGES, there);
     for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++) {
-        settle_page(b, i, there[i / 64] >> (i % 64));
+        settle_page(c, b, i, there[i / 64] >> (i % 64));
         c->remote_pages += b->state[i] == FM_REMOTE;
         if (b->state[i] == FM_RESIDENT) {
             c->local_pages++;

@@ -54,22 +54,23 @@ uint32_t fm_frames_take(struct fm_core *c, enum fm_frame_kind kind, uint32_t wan
     if (best > 0)
         set_kind(c, *first, best, FM_FRAME_BUSY);
     fm_lock_drop(&c->frames_lock);
-    for (uint32_t f = *first; f < *first + best; f++)
-        fm_assert(c->frame[f].page == FM_PAGE_NONE && c->frame[f].io == 0);
+    for (uint32_t k = 0; k < best; k++)
+        fm_assert(c->frame[*first + k].page == FM_PAGE_NONE && c->frame[*first + k].io == 0);
     return best;
 }
 
 void fm_frames_put(struct fm_core *c, uint32_t first, uint32_t n, enum fm_frame_kind kind)
 {
-    if (kind == FM_FRAME_FREE && c->frames_shared)
-        kind = FM_FRAME_DEAD;
     for (uint32_t f = first; f < first + n; f++) {
         fm_assert(c->frame[f].kind == FM_FRAME_BUSY && c->frame[f].io == 0);
         c->frame[f].page = FM_PAGE_NONE;
         c->frame[f].copied = 0;
         c->frame[f].dirty = 0;
+        c->frame[f].dropping = 0;
     }
     fm_lock_take(&c->frames_lock);
+    if (kind == FM_FRAME_FREE && c->frames_shared)
+        kind = FM_FRAME_DEAD;
     set_kind(c, first, n, kind);
     fm_lock_drop(&c->frames_lock);
 }

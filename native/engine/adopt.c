@@ -16,6 +16,8 @@
 #define STACK_GUESS_BYTES (16ull << 20)
 #define STACK_PART_BYTES (8ull << 20)
 #define RANGES_MAX 8192u
+#define HEADS_MAX 4096u
+#define FIXED_MAX 2048u
 
 struct span {
     uint64_t start, end;
@@ -29,8 +31,11 @@ struct mapping {
 
 /* One scan at a time (fork_lock), so its working memory is static. */
 static char text[65536];
-static struct span kept_out[RANGES_MAX], found[RANGES_MAX];
-static uint32_t kept_out_n, found_n;
+static struct span found[RANGES_MAX];
+static uint32_t found_n;
+static uint64_t heads[HEADS_MAX];          /* of the robust lists of living threads */
+static struct span fixed[FIXED_MAX];       /* never adopted: our own memory, control blocks */
+static uint32_t heads_n, fixed_n;
 
 /* ---- thread stacks and control blocks ------------------------------------------------------------- */
 
@@ -46,13 +51,16 @@ struct dirent64_head {
 static void keep_out_thread(long tid)
 {
     uint64_t head = 0, len = 0;
-    if (fm_sys(SYS_get_robust_list, tid, &head, &len) == 0 && head != 0 && kept_out_n < RANGES_MAX)
-        kept_out[kept_out_n++] = (struct span){ head, head };
+    if (fm_sys(SYS_get_robust_list, tid, &head, &len) != 0 || head == 0)
+        return;
+    fm_tcb_note(head);                     /* so that its pages stay left out when the thread has gone */
+    if (heads_n < HEADS_MAX)
+        heads[heads_n++] = head;
 }
 
 static void list_threads(void)
 {
-    kept_out_n = 0;
+    heads_n = 0;
     fm_sys(SYS_lseek, fm.tasks, 0, 0);
     for (;;) {
         long n = fm_sys(SYS_getdents64, fm.tasks, text, sizeof text);
@@ -168,12 +176,39 @@ static void candidate(uint64_t start, uint64_t end)
     scan.run_end = end;
 }
 
+static bool adopts_tls(void) { return (fm.control->defects & FM_DEFECT_ADOPT_TLS) != 0; }
+
+static void list_fixed(void)
+{
+    struct span s;
+    fixed_n = 0;
+    for (uint32_t k = 0; fixed_n < FIXED_MAX && fm_own_span(k, &s.start, &s.end); k++)
+        fixed[fixed_n++] = s;
+    for (uint32_t at = 0; !adopts_tls() && fixed_n < FIXED_MAX && fm_tcb_next(&at, &s.start, &s.end);)
+        fixed[fixed_n++] = s;
+}
+
+/* By addresses, not by mapping: the kernel merges neighbours, and one of them may be ours. */
+static void without_fixed(uint64_t start, uint64_t end)
+{
+    for (uint32_t k = 0; k < fixed_n; k++) {
+        struct span s = fixed[k];
+        if (s.start >= end || s.end <= start)
+            continue;
+        if (s.start > start)
+            without_fixed(start, s.start);
+        if (s.end < end)
+            without_fixed(s.end, end);
+        return;
+    }
+    candidate(start, end);
+}
+
 /* What of a mapping is left without the threads that live in it. */
 static void without_threads(uint64_t start, uint64_t end)
 {
-    bool tls = (fm.control->defects & FM_DEFECT_ADOPT_TLS) == 0;
-    for (uint32_t k = 0; k < kept_out_n && tls; k++) {
-        uint64_t head = kept_out[k].start;
+    for (uint32_t k = 0; k < heads_n && !adopts_tls(); k++) {
+        uint64_t head = heads[k];
         if (head < start || head >= end)
             continue;
         uint64_t from = head - start <= STACK_GUESS_BYTES ? start : head - STACK_PART_BYTES;
@@ -182,13 +217,13 @@ static void without_threads(uint64_t start, uint64_t end)
         without_threads(to < end ? to : end, end);
         return;
     }
-    candidate(start, end);
+    without_fixed(start, end);
 }
 
 static bool plain_anonymous(const struct mapping *m)
 {
     return m->anonymous && m->private && (m->path[0] == 0 || strcmp(m->path, "[heap]") == 0 || strncmp(m->path, "[anon", 5) == 0) &&
-           !fm_own_memory(m->start / FM_PAGE_BYTES) && m->start < (1ull << 47);
+           m->start < (1ull << 47);
 }
 
 static void consider(const struct mapping *m)
@@ -220,10 +255,15 @@ static void found_pages(uint64_t start, uint64_t end)
             fm_core_found(&fm.core, region[k].start / FM_PAGE_BYTES, (uint32_t)((region[k].end - region[k].start) / FM_PAGE_BYTES));
         start = a.walk_end;
     }
-    while (start < end) {            /* Linux before 6.7: look at every page */
-        uint64_t n = end - start < (1ull << 30) ? end - start : 1ull << 30;
-        fm_core_found(&fm.core, start / FM_PAGE_BYTES, (uint32_t)(n / FM_PAGE_BYTES));
-        start += n;
+    while (start < end) {            /* Linux before 6.7: look at every page, but make records only where one is */
+        uint64_t there[FM_BLOCK_PAGES / 64] = { 0 }, any = 0, n = (end - start) / FM_PAGE_BYTES;
+        n = n < FM_BLOCK_PAGES ? n : FM_BLOCK_PAGES;
+        fm_engine_ops.present(NULL, start / FM_PAGE_BYTES, (uint32_t)n, there);
+        for (uint32_t w = 0; w < FM_BLOCK_PAGES / 64; w++)
+            any |= there[w];
+        if (any != 0)
+            fm_core_found(&fm.core, start / FM_PAGE_BYTES, (uint32_t)n);
+        start += n * FM_PAGE_BYTES;
     }
 }
 
@@ -266,6 +306,7 @@ static void only_new(void)
 static void look_at_maps(void)
 {
     list_threads();
+    list_fixed();
     found_n = 0;
     __builtin_memset(&scan, 0, sizeof scan);
     each_mapping(consider);
@@ -275,11 +316,11 @@ static void look_at_maps(void)
 }
 
 /* Only a picture of the address space that no unread event contradicts may be acted on. */
-void fm_adopt_scan(void)
+bool fm_adopt_scan(void)
 {
     uint64_t seen = fm.mm_events;
     if (fm_uffd_changing())
-        return;
+        return false;
     look_at_maps();
     fm_world_take(&fm.world);
     bool same = !fm_uffd_changing() && fm.mm_events == seen;
@@ -292,6 +333,12 @@ void fm_adopt_scan(void)
     for (uint32_t k = 0; same && k < found_n; k++)
         if (found[k].end > found[k].start)
             found_pages(found[k].start, found[k].end);
+    /* A thread that began while we looked was told that its stack is not managed; or never asked (thrd_create). */
+    if (same && !adopts_tls()) {
+        list_threads();
+        fm_tcbs_keep();
+    }
+    return same;
 }
 
 void fm_managed_advise(int advice)
@@ -313,9 +360,9 @@ static void transfer_done(struct fm_io *io)
 static bool staging_open(void)
 {
     uint64_t bytes = (uint64_t)FM_FRAMES * FM_PAGE_BYTES;
-    int fixed = fm.frames != NULL ? MAP_FIXED : 0;
-    long r = fm_sys(SYS_mmap, fm.frames, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
-    if (r < 0 && r > -4096)
+    int place = fm.frames != NULL ? MAP_FIXED_NOREPLACE : 0;      /* in a forked child: where the parent has its own */
+    long r = fm_sys(SYS_mmap, fm.frames, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | place, -1, 0);
+    if ((r < 0 && r > -4096) || (place != 0 && r != (long)fm.frames))
         return false;
     fm.frames = (char *)r;
     fm_sys(SYS_madvise, r, bytes, MADV_DONTFORK);
@@ -371,10 +418,13 @@ bool fm_adopt(void)
         fm_say(FM_LEVEL_ERROR, "memory is short, but the pool or the supervisor can't be had: not managed.", 0);
         return false;
     }
+    fm.pagemap_scan = true;
+    if (!fm_thread_start(fm_front_thread_main, NULL) || !fm_thread_start(fm_evictor_main, NULL)) {
+        fm_say(FM_LEVEL_ERROR, "memory is short, but the engine can't have threads here: not managed.", 0);
+        return false;
+    }
     mark_adopted();
-    if (!fm_thread_start(fm_front_thread_main, NULL) || !fm_thread_start(fm_evictor_main, NULL))
-        fm_panic("no thread for the engine", __FILE__, __LINE__);
-    __atomic_store_n(&fm.state, FM_ENGINE_ADOPTED, __ATOMIC_RELEASE);
+    __atomic_store_n(&fm.state, FM_ENGINE_ADOPTED, __ATOMIC_SEQ_CST);
     fm_adopt_scan();
     return true;
 }
@@ -392,14 +442,24 @@ static void register_again(const struct mapping *m)
     }
 }
 
+/* There is no supervisor any more: take the slot that the parent reserved, unless it was taken back. */
+static bool claim_slot(uint32_t slot)
+{
+    struct fm_proc *p = &fm.control->procs[slot];
+    uint32_t reserved = FM_PROC_FORKING;
+    if (!__atomic_compare_exchange_n(&p->state, &reserved, FM_PROC_LIVE, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return false;
+    p->pid = fm.pid;
+    fm.slot = slot;
+    fm.proc = p;
+    return true;
+}
+
 bool fm_adopt_forked(uint32_t slot)
 {
-    if (!fm_wire_join(slot)) {                    /* no supervisor any more: we hold our own */
-        fm.slot = slot;
-        fm.proc = &fm.control->procs[slot];
-        fm.proc->pid = fm.pid;
-        fm_keeper_start();
-    }
+    bool alone = !fm_wire_join(slot);
+    if (alone && (fm_wire_refused() || !claim_slot(slot)))
+        return false;
     if (!fm_uffd_open() || !staging_open())
         return false;
     core_setup();
@@ -411,22 +471,7 @@ bool fm_adopt_forked(uint32_t slot)
         return false;
     each_mapping(register_again);
     mark_adopted();
-    return fm.keeper || fm_wire_adopt();
-}
-
-/* ---- threads that begin later ----------------------------------------------------------------------------- */
-
-/* Called by a new thread of the program's, about itself.  Its stack may be one that libc kept from a thread that
- * has ended, which was adopted meanwhile. */
-void fm_keep_thread(uint64_t tcb)
-{
-    uint64_t from = (tcb - fm.tls_bytes) / FM_PAGE_BYTES, end = (tcb + 2 * FM_PAGE_BYTES) / FM_PAGE_BYTES;
-    struct fm_range r;
-    if (__atomic_load_n(&fm.state, __ATOMIC_ACQUIRE) != FM_ENGINE_ADOPTED)
-        return;
-    fm_world_share(&fm.world);
-    bool some = fm_ranges_next(&fm.core.managed, from, end, &r);
-    fm_world_unshare(&fm.world);
-    if (some)
-        fm_core_keep(&fm.core, r.page, r.end - r.page);
+    if (alone)
+        fm_keeper_start();                        /* holds the userfaultfd as well, so not before there is one */
+    return alone || fm_wire_adopt();
 }

@@ -8,6 +8,7 @@
  *   uffd.c      the core's operations on the real kernel      adopt.c   which mappings are managed
  *   watch.c     the watcher: budget, adoption, new mappings   evictor.c the evictor's thread
  *   fork.c      fork: freeze, child                           say.c     messages
+ *   tcbs.c      where threads' control blocks lie
  *   ../fronts/thread.c  the thread that reads the userfaultfd
  */
 #ifndef FM_ENGINE_H
@@ -31,6 +32,12 @@ enum fm_engine_state {
     FM_ENGINE_NONE = 0,      /* no job, or it could not be joined: the program runs as if we were not here */
     FM_ENGINE_WATCHING,
     FM_ENGINE_ADOPTED
+};
+
+/* What the evictor is asked for between two steps; it calls fm_fork_stand_still() when there is any. */
+enum fm_freeze {
+    FM_FREEZE_FORK = 1,      /* stand still for a fork */
+    FM_FREEZE_KEEP = 2       /* threads ask for their control blocks to be kept (tcbs.c) */
 };
 
 struct fm_parked {
@@ -74,13 +81,16 @@ struct fm_engine {
     struct fm_parked parked[FM_PARKED_MAX];
 
     /* the evictor sleeps on bell; freeze: it is asked to stand still, frozen: it does */
-    uint32_t bell, evictor_sleeps, freeze, frozen, thaw;
+    uint32_t bell, evictor_sleeps, freeze, frozen, thaw;     /* freeze: enum fm_freeze */
+    /* while a fork copies our books the reader resolves nobody's faults but the forking thread's own */
+    uint32_t hold, held, reader_waits, fork_tid;
     uint32_t io_busy;                  /* stores and fetches under way */
     uint64_t mm_events;                /* UNMAP and REMAP events applied */
     fm_lock fork_lock;                 /* adoption and fork exclude each other */
     uint32_t fork_slot;
     bool fork_failed;
     int fork_errno;
+    uint64_t fork_signals;             /* the forking thread's mask */
 
     uint32_t child_ready;              /* in the child of a fork: 1 go on, 2 give up */
     fm_lock discards_lock;             /* ranges that were discarded, to be counted again when they have gone */
@@ -100,6 +110,7 @@ void *fm_heap_take(uint64_t bytes);                        /* zeroed, page-align
 void fm_heap_give(void *p, uint64_t bytes);
 bool fm_heap_open(void);
 bool fm_own_memory(uint64_t page);
+bool fm_own_span(uint32_t k, uint64_t *start, uint64_t *end);   /* the k-th piece of our memory; false: there is none */
 void fm_threads_reset(void);
 void fm_keeper_start(void);
 
@@ -108,6 +119,7 @@ void fm_say(int level, const char *text, uint64_t number);
 
 /* wire.c */
 bool fm_wire_join(uint32_t slot);
+bool fm_wire_refused(void);            /* fm_wire_join() failed because the supervisor said no, not for want of one */
 bool fm_wire_adopt(void);
 bool fm_wire_alive(void);
 
@@ -120,10 +132,17 @@ enum fm_res fm_uffd_meaning(long err);
 
 /* adopt.c */
 bool fm_adopt(void);                   /* false: it can't be done, and has been said */
-void fm_adopt_scan(void);              /* mappings that have appeared since */
+bool fm_adopt_scan(void);              /* mappings that have appeared since; false: try again, the world is changing */
 bool fm_adopt_forked(uint32_t slot);   /* in the child of a fork; false: it can't go on */
 void fm_managed_advise(int advice);
-void fm_keep_thread(uint64_t tcb);
+
+/* tcbs.c */
+void fm_keep_thread(uint64_t tcb);     /* the only one that runs on the program's threads */
+void fm_tcb_note(uint64_t tcb);
+bool fm_tcb_next(uint32_t *at, uint64_t *start, uint64_t *end);   /* iterates: addresses that must not be evicted */
+void fm_tcbs_keep(void);
+void fm_tcbs_answer(void);
+void fm_tcbs_reset(void);
 
 /* watch.c */
 void fm_watch_main(void *arg);
@@ -137,11 +156,13 @@ void fm_park(uint64_t page, uint32_t bits, uint64_t since_ns);
 
 /* ../fronts/thread.c */
 void fm_front_thread_main(void *arg);
+void fm_front_thread_hold(void);       /* returns when the reader stands still */
+void fm_front_thread_go_on(void);
 
 /* fork.c */
 void fm_fork_prepare(void);
 void fm_fork_parent(void);
 void fm_fork_child(void);
-void fm_fork_stand_still(void);           /* evictor */
+void fm_fork_stand_still(void);           /* evictor: does what fm.freeze asks for */
 
 #endif

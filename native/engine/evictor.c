@@ -62,7 +62,7 @@ static bool step(struct fm_core *c)
     if (room >= (int64_t)FM_FRAMES)
         return did;
     /* Staging fills up as the budget runs out; from then on each frame that a fault empties is filled again. */
-    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= (room < 0 ? 1 : BATCH / 2)) {
+    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= (room < 0 ? 1u : c->frames_shared ? 3u * BATCH : BATCH / 2u)) {
         enum fm_evict_result r = fm_core_evict(c, BATCH);
         did |= r == FM_EVICT_DONE;
         if (r == FM_EVICT_RETRY)
@@ -71,6 +71,8 @@ static bool step(struct fm_core *c)
     }
     if (room < 0)
         did |= fm_core_shrink(c, -room < (int64_t)BATCH ? (uint32_t)-room : BATCH) > 0;
+    else if (c->frames_shared && (room < (int64_t)BATCH || c->kind_n[FM_FRAME_EMPTY] < BATCH))
+        did |= fm_core_shrink(c, BATCH) > 0;     /* faults may not take staged frames: make room for them */
     return did;
 }
 

@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
@@ -18,6 +19,8 @@
 
 #define SETTLE_TRIES 100000
 #define VERDICT_NS 10000000000ull
+#define SCAN_TRIES 1000
+#define LOOK_NS 1000000
 
 static bool forking(void) { return fm.state == FM_ENGINE_ADOPTED && (fm.control->defects & FM_DEFECT_IGNORE_FORK) == 0; }
 
@@ -25,10 +28,11 @@ static bool forking(void) { return fm.state == FM_ENGINE_ADOPTED && (fm.control-
 
 static bool anything_in_hand(struct fm_core *c)
 {
+    /* Fetches don't count: the child can fetch for itself, and a busy program has always some under way. */
     for (uint32_t f = 0; f < c->frames_n; f++)
         if (c->frame[f].kind == FM_FRAME_BUSY && c->frame[f].dirty)
             return true;
-    return __atomic_load_n(&fm.io_busy, __ATOMIC_ACQUIRE) != 0 || c->limbo != NULL || c->debts.n != 0;
+    return c->limbo != NULL || c->debts.n != 0;
 }
 
 static uint32_t reserve_slot(void)
@@ -58,42 +62,89 @@ static void judge_child(uint64_t events)
     __atomic_store_n(&p->fork_verdict, verdict, __ATOMIC_RELEASE);
 }
 
+/* Whoever changes the slot's state first has it: should there be a child after all, it finds its slot gone, and ends. */
 static void child_never_was(void)
 {
     struct fm_proc *p = &fm.control->procs[fm.fork_slot];
+    uint32_t reserved = FM_PROC_FORKING;
+    if (!__atomic_compare_exchange_n(&p->state, &reserved, FM_PROC_DEAD, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        return;
     fm_pool_ledger_reap(fm.ledger_base, NULL, fm.fork_slot);
     __builtin_memset(&p->counters, 0, sizeof p->counters);
     __atomic_store_n(&p->state, FM_PROC_FREE, __ATOMIC_RELEASE);
 }
 
-void fm_fork_stand_still(void)
+/* A mapping that has grown in place is managed as a whole by the kernel, and by us only when we have looked: the child
+ * would not get the rest. */
+static void take_in_the_grown(void)
+{
+    for (int k = 0; k < SCAN_TRIES && !fm_adopt_scan(); k++)
+        fm_sleep_ns(50000);
+}
+
+/* With the world shared no event is applied, so no slot is released and no range goes while we walk them. */
+static void prepare_child(struct fm_core *c)
+{
+    fm.fork_slot = reserve_slot();
+    fm_world_share(&fm.world);
+    if (fm.fork_slot != FM_SLOT_ANY)
+        fm_pool_ledger_fork(&c->ledger, fm.fork_slot);
+    fm_managed_advise(MADV_DOFORK);
+    fm_world_unshare(&fm.world);
+}
+
+/* The evictor's work on behalf of others while it stands still: faults that found no frame try again by themselves. */
+static void wait_for_thaw(void)
+{
+    while (__atomic_load_n(&fm.thaw, __ATOMIC_ACQUIRE) == 0) {
+        fm_lock_take(&fm.parked_lock);
+        for (uint32_t k = 0; k < fm.parked_n; k++)
+            fm_engine_ops.wake(NULL, fm.parked[k].page, 1);
+        fm.parked_n = 0;
+        fm_lock_drop(&fm.parked_lock);
+        fm_tcbs_answer();
+        fm_futex_wait(&fm.thaw, 0, LOOK_NS);
+    }
+}
+
+static void stand_still(void)
 {
     struct fm_core *c = &fm.core;
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+    take_in_the_grown();
     for (int k = 0; k < SETTLE_TRIES && anything_in_hand(c); k++) {
         fm_core_evict(c, 0);
         fm_sleep_ns(50000);
     }
-    fm.fork_slot = reserve_slot();
-    if (fm.fork_slot != FM_SLOT_ANY)
-        fm_pool_ledger_fork(&c->ledger, fm.fork_slot);
-    fm_managed_advise(MADV_DOFORK);
+    fm_front_thread_hold();
+    prepare_child(c);
     uint64_t events = __atomic_load_n(&fm.mm_events, __ATOMIC_ACQUIRE);
     __atomic_store_n(&fm.frozen, 1, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.frozen, 1);
-    while (__atomic_load_n(&fm.thaw, __ATOMIC_ACQUIRE) == 0)
-        fm_futex_wait(&fm.thaw, 0, -1);
+    wait_for_thaw();
+    fm_front_thread_go_on();
     if (fm.fork_slot != FM_SLOT_ANY && fm.fork_failed)
         child_never_was();
     else if (fm.fork_slot != FM_SLOT_ANY)
         judge_child(events);
+    fm_world_share(&fm.world);
     fm_managed_advise(MADV_DONTFORK);
+    fm_world_unshare(&fm.world);
     fm_add(fm.proc->counters.forks, 1);
     __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
     __atomic_store_n(&fm.frozen, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&fm.thaw, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&fm.freeze, 0, __ATOMIC_RELEASE);
+    __atomic_fetch_and(&fm.freeze, ~(uint32_t)FM_FREEZE_FORK, __ATOMIC_SEQ_CST);
     fm_futex_wake(&fm.freeze, 1);
+}
+
+void fm_fork_stand_still(void)
+{
+    uint32_t asked = __atomic_fetch_and(&fm.freeze, ~(uint32_t)FM_FREEZE_KEEP, __ATOMIC_SEQ_CST);
+    if ((asked & FM_FREEZE_KEEP) != 0)
+        fm_tcbs_answer();
+    if ((asked & FM_FREEZE_FORK) != 0)
+        stand_still();
 }
 
 /* ---- the program's thread ---------------------------------------------------------------------------------- */
@@ -120,14 +171,30 @@ static void touch_streams(void)
     _IO_list_unlock();
 }
 
+/* From the freeze until the child has its memory no handler of the program's may run: it could fork in turn, and wait
+ * for itself; or run in the child, where nothing is managed yet.  Faults can't be held back. */
+static uint64_t block_signals(void)
+{
+    uint64_t all = ~0ull, old = 0;
+    for (const char *s = (const char[]){ SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGSYS, 0 }; *s != 0; s++)
+        all &= ~(1ull << (*s - 1));
+    fm_sys(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
+    return old;
+}
+
+static void restore_signals(uint64_t mask) { fm_sys(SYS_rt_sigprocmask, SIG_SETMASK, &mask, NULL, 8); }
+
 void fm_fork_prepare(void)
 {
     if (fm.state == FM_ENGINE_NONE)
         return;
+    uint64_t mask = block_signals();
     fm_lock_take(&fm.fork_lock);
+    fm.fork_signals = mask;
     if (!forking())
         return;
-    __atomic_store_n(&fm.freeze, 1, __ATOMIC_RELEASE);
+    fm.fork_tid = (uint32_t)fm_sys(SYS_gettid);
+    __atomic_fetch_or(&fm.freeze, FM_FREEZE_FORK, __ATOMIC_SEQ_CST);
     fm_evictor_ring();
     while (__atomic_load_n(&fm.frozen, __ATOMIC_ACQUIRE) == 0)
         fm_futex_wait(&fm.frozen, 0, -1);
@@ -139,18 +206,22 @@ void fm_fork_prepare(void)
 
 void fm_fork_parent(void)
 {
+    uint64_t mask = fm.fork_signals;
     if (fm.state == FM_ENGINE_NONE)
         return;
     if (forking()) {
-        fm.fork_failed = errno != 0;
+        /* Anything else was left behind by somebody's handler. */
+        fm.fork_failed = errno == EAGAIN || errno == ENOMEM || errno == EPERM || errno == ENOSYS;
         if (!fm.fork_failed)
             errno = fm.fork_errno;
         __atomic_store_n(&fm.thaw, 1, __ATOMIC_RELEASE);
         fm_futex_wake(&fm.thaw, 1);
-        while (__atomic_load_n(&fm.freeze, __ATOMIC_ACQUIRE) != 0)
-            fm_futex_wait(&fm.freeze, 1, -1);
+        uint32_t seen;
+        while (((seen = __atomic_load_n(&fm.freeze, __ATOMIC_ACQUIRE)) & FM_FREEZE_FORK) != 0)
+            fm_futex_wait(&fm.freeze, seen, -1);
     }
     fm_lock_drop(&fm.fork_lock);
+    restore_signals(mask);
 }
 
 /* ---- the child ------------------------------------------------------------------------------------------------ */
@@ -182,18 +253,17 @@ static void reset_locks(void)
     fm.world = (fm_world){ 0 };
     fm.parked_n = fm.discards_n = 0;
     fm.bell = fm.evictor_sleeps = fm.freeze = fm.frozen = fm.thaw = 0;
+    fm.hold = fm.held = fm.reader_waits = 0;
     fm.io_busy = 0;
     fm.child_ready = 0;
     fm.keeper = false;
     fm_threads_reset();
+    fm_tcbs_reset();
 }
 
-/* Ends the child with a word: going on could show it wrong bytes. */
+/* Ends the child: going on could show it wrong bytes.  The word goes to the supervisor; the child's stderr may be full. */
 static void give_up(void)
 {
-    static const char text[] = "farmem: a forked child could not be given its memory and is ended\n";
-    ssize_t ignored = write(2, text, sizeof text - 1);
-    (void)ignored;
     fm_say(FM_LEVEL_ERROR, "a forked child could not be given its memory and is ended.", 0);
     _exit(125);
 }
@@ -203,11 +273,13 @@ void fm_fork_child(void)
     if (fm.state == FM_ENGINE_NONE)
         return;
     bool managed = forking();
+    uint64_t mask = fm.fork_signals;
     reset_locks();
     fm.pid = (uint32_t)getpid();
     if (!managed) {
         if (fm.state == FM_ENGINE_WATCHING)
             fm_thread_start(fm_watch_main, NULL);
+        restore_signals(mask);
         return;
     }
     int saved = fm.fork_errno;
@@ -218,4 +290,5 @@ void fm_fork_child(void)
     if (fm.child_ready != 1)
         give_up();
     errno = saved;
+    restore_signals(mask);
 }

@@ -5,6 +5,7 @@
  * of ours, so that a stray access to TLS hits our memory and not the program's.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/futex.h>
 #include <linux/sched.h>
 #include <poll.h>
@@ -18,6 +19,7 @@
 #include "fm_assert.h"
 
 #define HEAP_STEP (2ull << 20)
+#define KEEPER_GRACE_MS 2000
 
 struct start {
     void (*run)(void *);
@@ -111,10 +113,21 @@ void fm_threads_reset(void) { fm.threads = 0; }
 
 /* ---- the keeper: holds the userfaultfd when there is no supervisor any more --------------------------- */
 
+static struct {
+    int pidfd, read_end, write_end;
+} keeper;
+
 static void keeper_main(void *arg)
 {
-    struct pollfd p = { .fd = (int)(long)arg, .events = POLLIN };
-    while (fm_sys(SYS_poll, &p, 1, -1) == -EINTR)
+    struct pollfd p[2] = { { .fd = keeper.pidfd, .events = POLLIN }, { .fd = keeper.read_end, .events = POLLIN } };
+    (void)arg;
+    fm_sys(SYS_setsid);                     /* not to be killed with the program's process group */
+    fm_sys(SYS_close, keeper.write_end);
+    while (fm_sys(SYS_poll, p, 2, -1) == -EINTR)
+        continue;
+    /* The engine's descriptors are closed when the process ends or executes something else.  It may still be writing
+     * if it ends; if it lives on, we must not hold the memory of what it was. */
+    while (p[0].revents == 0 && fm_sys(SYS_poll, p, 1, KEEPER_GRACE_MS) == -EINTR)
         continue;
     fm_sys(SYS_exit_group, 0);
 }
@@ -125,12 +138,16 @@ void fm_keeper_start(void)
 {
     if (fm.keeper)
         return;
-    long pidfd = fm_sys(SYS_pidfd_open, fm.pid, 0);
+    int ends[2];
+    long pidfd = fm_sys(SYS_pidfd_open, fm_sys(SYS_getpid), 0);
     uint32_t k = __atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED);
-    if (pidfd < 0 || k >= FM_THREADS_MAX)
+    fm.keeper = true;                       /* or it was tried, at least */
+    if (pidfd < 0 || k >= FM_THREADS_MAX || fm_sys(SYS_pipe2, ends, O_CLOEXEC) != 0)
         return;
-    fm.keeper = true;
-    thread_on(CLONE_VM, stacks[k], keeper_main, (void *)pidfd);
+    keeper.pidfd = (int)pidfd;
+    keeper.read_end = ends[0];
+    keeper.write_end = ends[1];
+    thread_on(CLONE_VM, stacks[k], keeper_main, NULL);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------- */
@@ -162,7 +179,7 @@ void *fm_heap_take(uint64_t bytes)
         p = fm.heap_next;
         fm.heap_next += bytes;
         if (fm.proc != NULL)
-            fm.proc->counters.engine_bytes += bytes;
+            fm_add(fm.proc->counters.engine_bytes, bytes);
     }
     fm_lock_drop(&fm.heap_lock);
     return p;
@@ -177,11 +194,35 @@ void fm_heap_give(void *p, uint64_t bytes)
         __atomic_sub_fetch(&fm.proc->counters.engine_bytes, bytes, __ATOMIC_RELAXED);
 }
 
+/* The linker's words for where this library begins and ends in memory. */
+extern char __ehdr_start[] __attribute__((visibility("hidden")));
+extern char _end[] __attribute__((visibility("hidden")));
+
+bool fm_own_span(uint32_t k, uint64_t *start, uint64_t *end)
+{
+    switch (k) {
+    case 0:
+        *start = (uint64_t)__ehdr_start & ~(uint64_t)(FM_PAGE_BYTES - 1);
+        *end = ((uint64_t)_end + FM_PAGE_BYTES - 1) & ~(uint64_t)(FM_PAGE_BYTES - 1);
+        return true;
+    case 1:
+        *start = (uint64_t)fm.heap;
+        *end = (uint64_t)fm.heap_end;
+        return true;
+    case 2:
+        *start = (uint64_t)fm.frames;
+        *end = fm.frames != NULL ? *start + (uint64_t)FM_FRAMES * FM_PAGE_BYTES : 0;
+        return true;
+    default:
+        return false;
+    }
+}
+
 bool fm_own_memory(uint64_t page)
 {
-    uint64_t at = page * FM_PAGE_BYTES;
-    return (at >= (uint64_t)stacks && at < (uint64_t)stacks + sizeof stacks) ||
-           (at >= (uint64_t)&fm && at < (uint64_t)&fm + sizeof fm) ||
-           (at >= (uint64_t)fm.heap && at < (uint64_t)fm.heap_end) ||
-           (at >= (uint64_t)fm.frames && at < (uint64_t)fm.frames + (uint64_t)FM_FRAMES * FM_PAGE_BYTES);
+    uint64_t at = page * FM_PAGE_BYTES, start, end;
+    for (uint32_t k = 0; fm_own_span(k, &start, &end); k++)
+        if (at >= start && at < end)
+            return true;
+    return false;
 }

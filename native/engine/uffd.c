@@ -150,9 +150,13 @@ static void op_clear(void *ctx, uint32_t frame, uint32_t n)
     __builtin_memset((void *)frame_addr(frame), 0, addr(n));
 }
 
+/* The first word is rewritten first: a page that the program freed with MADV_FREE is the kernel's to take as long as it
+ * is clean, and it must not go between this look and the store. */
 static bool op_hash(void *ctx, uint32_t frame, uint64_t hash[2])
 {
+    volatile uint64_t *word = (uint64_t *)frame_addr(frame);
     (void)ctx;
+    *word = *word;
     return fm_hash_page((void *)frame_addr(frame), fm.control->secret, hash);
 }
 
@@ -215,9 +219,17 @@ static void *op_memory(void *ctx, void *old, uint64_t old_bytes, uint64_t bytes)
     return bytes > 0 ? fm_heap_take(bytes) : NULL;
 }
 
+/* What happens thousands of times is told once a second. */
 static void op_message(void *ctx, int level, const char *text, uint64_t number)
 {
+    static const char *last_text;
+    static uint64_t last_ns;
+    uint64_t now = fm_now_ns();
     (void)ctx;
+    if (text == last_text && now - last_ns < 1000000000ull)
+        return;
+    last_text = text;
+    last_ns = now;
     fm_say(level, text, number);
 }
 

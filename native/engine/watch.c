@@ -13,15 +13,19 @@
 #define MIB (1ull << 20)
 #define FILL_BYTES_PER_NS 2ull          /* how fast a program may grow: decides when to look again */
 #define LOOK_MIN_NS 300000ull
-#define LOOK_MAX_NS 50000000ull
+#define LOOK_MAX_NS 10000000ull
 #define SHARE_MIN_BYTES (8 * MIB)
 #define LEDGER_LOOK_NS 16000000ull
+/* After a discard's event has been read the kernel still has to carry it out.  Nothing tells when it has, except for
+ * pages that are found missing; this long is taken to be enough for the others (those freed by MADV_FREE). */
+#define ZAPS_NS 1000000000ull
 
 struct watch {
     uint64_t others_bytes;               /* need of the job's other processes */
     uint64_t ledger_seen_ns;
     int64_t unmanaged_seen;              /* pages, at the last scan */
     uint64_t scan_ns;
+    uint64_t zaps_ns;
 };
 
 static struct watch watch;
@@ -90,8 +94,10 @@ static void recount_discards(void)
     __builtin_memcpy(mine, fm.discards, n * sizeof mine[0]);
     fm.discards_n = 0;
     fm_lock_drop(&fm.discards_lock);
+    fm_lock_take(&fm.fork_lock);         /* a fork copies our books: nothing may change in them meanwhile */
     for (uint32_t k = 0; k < n; k++)
         fm_core_recount(&fm.core, mine[k].page, mine[k].end - mine[k].page);
+    fm_lock_drop(&fm.fork_lock);
 }
 
 static void publish(int64_t anonymous)
@@ -112,6 +118,10 @@ static uint64_t look_managed(int64_t anonymous, uint64_t share)
     int64_t least = 2 * (int64_t)FM_FRAMES;
     uint64_t now = fm_now_ns();
     recount_discards();
+    if (now - watch.zaps_ns > ZAPS_NS) {
+        fm_core_zaps_done(&fm.core);
+        watch.zaps_ns = now;
+    }
     __atomic_store_n(&c->limit_pages, limit > least ? limit : least, __ATOMIC_RELAXED);
     int64_t room = limit - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
     if (room < (int64_t)FM_FRAMES)

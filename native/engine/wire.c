@@ -15,6 +15,8 @@
 
 #define FDS_MAX 4
 
+static bool refused;
+
 static bool send_wire(uint32_t kind, uint32_t slot, int fd)
 {
     struct fm_wire w = { .magic = FM_CONTROL_MAGIC, .version = FM_CONTROL_VERSION, .kind = kind, .pid = fm.pid, .slot = slot };
@@ -71,8 +73,12 @@ static bool map_job(const int *fds)
             return false;
         fm.ledger_base = map_shared(fds[1], fm_pool_ledger_bytes(c->pool_bytes));
         fm.pool = map_shared(fds[2], c->pool_bytes);
-        if (fm.ledger_base == NULL || fm.pool == NULL)
+        if (fm.ledger_base == NULL || fm.pool == NULL) {
+            fm.control = c;                /* to say it */
+            fm_say(FM_LEVEL_ERROR, "a process has no address space left for the pool (a limit on it?): not managed.", 0);
+            fm.control = NULL;
             return false;
+        }
         fm.control = c;
     }
     for (int k = 0; k < 3; k++)
@@ -86,12 +92,15 @@ bool fm_wire_join(uint32_t slot)
     size_t n = strlen(fm.job_name);
     struct fm_wire w;
     int fds[FDS_MAX];
-    uint32_t got;
+    uint32_t got = 0;
+    refused = false;
     __builtin_memcpy(a.sun_path + 1, fm.job_name, n);
     fm.sock = (int)fm_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     if (fm.sock < 0 || fm_sys(SYS_connect, fm.sock, &a, offsetof(struct sockaddr_un, sun_path) + 1 + n) != 0)
         return false;
-    if (!send_wire(FM_WIRE_HELLO, slot, -1) || receive_wire(&w, fds, &got) != FM_WIRE_WELCOME || got != 3)
+    uint32_t answer = send_wire(FM_WIRE_HELLO, slot, -1) ? receive_wire(&w, fds, &got) : 0;
+    refused = answer == FM_WIRE_REFUSED;
+    if (answer != FM_WIRE_WELCOME || got != 3)
         return false;
     fm_assert(w.slot < FM_PROCS_MAX);
     if (!map_job(fds))
@@ -100,6 +109,8 @@ bool fm_wire_join(uint32_t slot)
     fm.proc = &fm.control->procs[w.slot];
     return true;
 }
+
+bool fm_wire_refused(void) { return refused; }
 
 /* Adoption waits until the supervisor holds a duplicate of the userfaultfd. */
 bool fm_wire_adopt(void)

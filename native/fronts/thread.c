@@ -14,6 +14,7 @@
 
 #define RETRIES_MAX 256u
 #define SPIN_READS 30u
+#define HOLD_LOOK_NS 2000000
 
 struct reader {
     struct fm_parked retry[RETRIES_MAX];   /* faults that met a changing world */
@@ -98,15 +99,18 @@ static void resolve(uint64_t page, uint32_t bits, uint64_t since_ns)
         fm_evictor_ring();
 }
 
-static void fault(const struct uffd_msg *m)
+static uint32_t bits_of(const struct uffd_msg *m)
 {
     uint64_t flags = m->arg.pagefault.flags;
     uint32_t bits = (flags & UFFD_PAGEFAULT_FLAG_WRITE) != 0 ? FM_FAULT_WRITE : 0;
-    if ((flags & UFFD_PAGEFAULT_FLAG_WP) != 0)
-        bits |= FM_FAULT_PROTECTED;
+    return (flags & UFFD_PAGEFAULT_FLAG_WP) != 0 ? bits | FM_FAULT_PROTECTED : bits;
+}
+
+static void fault(const struct uffd_msg *m)
+{
     if (ours(m->arg.pagefault.address))
         fm_panic("the engine touched a frame without memory", __FILE__, __LINE__);
-    resolve(m->arg.pagefault.address / FM_PAGE_BYTES, bits, fm_now_ns());
+    resolve(m->arg.pagefault.address / FM_PAGE_BYTES, bits_of(m), fm_now_ns());
 }
 
 static void try_again(void)
@@ -120,6 +124,42 @@ static void try_again(void)
         resolve(now[k].page, now[k].bits, now[k].since_ns);
 }
 
+/* ---- standing still for a fork --------------------------------------------------------------------------- */
+
+/* The child's books are a copy of ours, taken page by page while the fork goes on: nothing may change in them meanwhile.  Only
+ * the forking thread's own faults are resolved (it can't fault and fork at once).  Messages are read only when it
+ * seems to be stuck; other threads' faults wait, and so do those who raised an event that is not read. */
+static void stand_still(void)
+{
+    struct uffd_msg m;
+    __atomic_store_n(&fm.held, 1, __ATOMIC_SEQ_CST);
+    fm_futex_wake(&fm.held, 1);
+    while (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0) {
+        fm_futex_wait(&fm.hold, 1, HOLD_LOOK_NS);
+        if (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) == 0 || read_one(&m) != 1)
+            continue;
+        if (m.arg.pagefault.feat.ptid == fm.fork_tid)
+            fault(&m);
+        else
+            later(m.arg.pagefault.address / FM_PAGE_BYTES, bits_of(&m), fm_now_ns());
+    }
+    __atomic_store_n(&fm.held, 0, __ATOMIC_SEQ_CST);
+}
+
+void fm_front_thread_hold(void)
+{
+    __atomic_store_n(&fm.hold, 1, __ATOMIC_SEQ_CST);
+    /* Asleep in poll it is as good as still: it looks at hold before it reads. */
+    while (__atomic_load_n(&fm.held, __ATOMIC_SEQ_CST) == 0 && __atomic_load_n(&fm.reader_waits, __ATOMIC_SEQ_CST) == 0)
+        fm_futex_wait(&fm.held, 0, 100000);
+}
+
+void fm_front_thread_go_on(void)
+{
+    __atomic_store_n(&fm.hold, 0, __ATOMIC_SEQ_CST);
+    fm_futex_wake(&fm.hold, 1);
+}
+
 void fm_front_thread_main(void *arg)
 {
     struct pollfd p = { .fd = fm.uffd, .events = POLLIN };
@@ -127,6 +167,8 @@ void fm_front_thread_main(void *arg)
     (void)arg;
     reader.retries = 0;
     for (uint32_t idle = 0;;) {
+        if (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0)
+            stand_still();
         int r = read_one(&m);
         if (r == 1)
             fault(&m);
@@ -147,6 +189,8 @@ void fm_front_thread_main(void *arg)
             continue;
         }
         idle = 0;
+        __atomic_store_n(&fm.reader_waits, 1, __ATOMIC_SEQ_CST);
         fm_sys(SYS_poll, &p, 1, -1);
+        __atomic_store_n(&fm.reader_waits, 0, __ATOMIC_SEQ_CST);
     }
 }

@@ -132,7 +132,9 @@ enum fm_defect {
     FM_DEFECT_REUSE_SHARED_FRAMES = 2048, /* frames are rewritten though vmsplice was used */
     FM_DEFECT_DROP_UNREAD = 4096,         /* the copy path drops without write-protection */
     FM_DEFECT_SKIP_STORE = 8192,          /* a dirty page counts as clean */
-    FM_DEFECT_NO_HASH_CHECK = 16384       /* fetched bytes are not verified */
+    FM_DEFECT_NO_HASH_CHECK = 16384,      /* fetched bytes are not verified */
+    FM_DEFECT_SKIP_ZAPPING = 32768,       /* a discarded page may be evicted before the kernel has zapped it */
+    FM_DEFECT_SKIP_LIMBO = 65536          /* a mapping moved onto one that is still in the books replaces it */
 };
 
 struct fm_control {

@@ -6,7 +6,6 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,10 +53,18 @@ static bool parse_job(const char *job)
     return parse_token(colon + 1);
 }
 
-/* Those defects of the tests that must be known before the control segment is there. */
-static uint64_t early_defects(void)
+static const char *word_of(char **environment, const char *name)
 {
-    const char *names = getenv("FARMEM_TEST_DEFECTS");
+    size_t n = strlen(name);
+    for (char **e = environment; e != NULL && *e != NULL; e++)
+        if (strncmp(*e, name, n) == 0 && (*e)[n] == '=')
+            return *e + n + 1;
+    return NULL;
+}
+
+/* Those defects of the tests that must be known before the control segment is there. */
+static uint64_t early_defects(const char *names)
+{
     uint64_t bits = 0;
     if (names == NULL)
         return 0;
@@ -77,13 +84,18 @@ static uint64_t static_tls_bytes(void)
     return bytes;
 }
 
-__attribute__((constructor)) static void join(void)
+/* The library is linked with -z initfirst, so this runs before any other's constructor and our fork handlers are the first
+ * to be registered: the last to run before a fork, and the first in the child, where everybody else's handlers
+ * would read zeros before ours.  It is so early that libc has not taken over the environment yet: no getenv(). */
+__attribute__((constructor)) static void join(int argc, char **argv, char **environment)
 {
-    if (!parse_job(getenv("FARMEM_JOB")))
+    (void)argc;
+    (void)argv;
+    if (!parse_job(word_of(environment, "FARMEM_JOB")))
         return;
     ssize_t n = readlink("/proc/self/exe", fm.exe, sizeof fm.exe - 1);
     fm.exe[n > 0 ? n : 0] = 0;
-    fm.early_defects = early_defects();
+    fm.early_defects = early_defects(word_of(environment, "FARMEM_TEST_DEFECTS"));
     fm.tls_bytes = static_tls_bytes();
     fm.state = FM_ENGINE_WATCHING;
     if (pthread_atfork(fm_fork_prepare, fm_fork_parent, fm_fork_child) != 0 || !fm_thread_start(fm_watch_main, NULL))
@@ -141,10 +153,12 @@ EXPORT int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(
 
 /* ---- calls after which a page may be read by others when it has left the program --------------------------- */
 
+/* Only the flag: this is the program's thread, which must hold no lock of the core's.  Frames that are free by now can
+ * have no reader yet, and those that get free later are put aside by whoever frees them. */
 static void frames_are_shared(void)
 {
-    if (fm.state != FM_ENGINE_NONE && !fm.core.frames_shared)
-        fm_core_share_frames(&fm.core);
+    if (fm.state != FM_ENGINE_NONE && (fm.core.defects & FM_DEFECT_REUSE_SHARED_FRAMES) == 0)
+        __atomic_store_n(&fm.core.frames_shared, true, __ATOMIC_SEQ_CST);
 }
 
 static long libc_result(long r)
@@ -169,18 +183,72 @@ EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t 
     return (int)libc_result(fm_sys(SYS_setsockopt, fd, level, name, value, bytes));
 }
 
-EXPORT long syscall(long n, ...)
+/* syscall() must be libc's to the last instruction: a program may fork, or start a thread on a new stack, through it, and then
+ * it returns twice, or without a frame of ours.  So: no frame, unless it is one of the two calls that matter. */
+__attribute__((used)) static long fm_syscall_failed(long r)
 {
-    va_list args;
-    long a[6];
-    va_start(args, n);
-    for (int k = 0; k < 6; k++)
-        a[k] = va_arg(args, long);
-    va_end(args);
-    if (n == SYS_vmsplice || n == SYS_io_uring_setup)
-        frames_are_shared();
-    return libc_result(fm_sys6(n, a[0], a[1], a[2], a[3], a[4], a[5]));
+    errno = (int)-r;
+    return -1;
 }
+
+__attribute__((used)) static void fm_syscall_shares(void) { frames_are_shared(); }
+
+__asm__(".text\n"
+        ".globl syscall\n"
+        ".type syscall, @function\n"
+        "syscall:\n"
+        ".cfi_startproc\n"
+        "endbr64\n"
+        "cmpq $278, %rdi\n"                   /* SYS_vmsplice */
+        "je 2f\n"
+        "cmpq $425, %rdi\n"                   /* SYS_io_uring_setup */
+        "je 2f\n"
+        "1: movq %rdi, %rax\n"
+        "movq %rsi, %rdi\n"
+        "movq %rdx, %rsi\n"
+        "movq %rcx, %rdx\n"
+        "movq %r8, %r10\n"
+        "movq %r9, %r8\n"
+        "movq 8(%rsp), %r9\n"
+        "syscall\n"
+        "cmpq $-4095, %rax\n"
+        "jae 3f\n"
+        "ret\n"
+        "3: movq %rax, %rdi\n"
+        "jmp fm_syscall_failed\n"
+        "2: pushq %rdi\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "pushq %rsi\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "pushq %rdx\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "pushq %rcx\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "pushq %r8\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "pushq %r9\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "subq $8, %rsp\n"
+        ".cfi_adjust_cfa_offset 8\n"
+        "call fm_syscall_shares\n"
+        "addq $8, %rsp\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %r9\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %r8\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %rcx\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %rdx\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %rsi\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "popq %rdi\n"
+        ".cfi_adjust_cfa_offset -8\n"
+        "jmp 1b\n"
+        ".cfi_endproc\n"
+        ".size syscall, .-syscall\n");
+_Static_assert(SYS_vmsplice == 278 && SYS_io_uring_setup == 425, "the numbers in syscall()");
 
 /* liburing makes its system calls itself. */
 #define WATCHED(name, type, args, names)                        \

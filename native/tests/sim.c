@@ -26,6 +26,8 @@ static const struct named defects[] = {
     { "drop_unread", FM_DEFECT_DROP_UNREAD, 0 },
     { "skip_store", FM_DEFECT_SKIP_STORE, 0 },
     { "no_hash_check", FM_DEFECT_NO_HASH_CHECK, 0 },
+    { "skip_zapping", FM_DEFECT_SKIP_ZAPPING, 0 },
+    { "skip_limbo", FM_DEFECT_SKIP_LIMBO, 0 },
     { "lose_store", 0, SIM_LOSE_STORE },
     { "early_ack", 0, SIM_EARLY_ACK },
     { "late_event", 0, SIM_LATE_EVENT },
@@ -38,6 +40,12 @@ static const struct named defects[] = {
     { "stale_present", 0, SIM_STALE_PRESENT },
 };
 #define DEFECTS_N (sizeof defects / sizeof defects[0])
+
+struct options {
+    uint64_t seed, steps, seeds, watch;
+    bool seeded, verbose;
+    const struct named *defect;
+};
 
 /* ---- one run */
 
@@ -64,7 +72,6 @@ static bool all_rest(void)
     return S.faults_n == 0 && S.io_n == 0 && S.events_n == 0 && S.changing == 0 && S.completing == 0;
 }
 
-/* A pool that is full can't be helped: then the budget gives way, as the engine's does. */
 static void drain(void)
 {
     S.stop = true;
@@ -74,8 +81,6 @@ static void drain(void)
     if (S.core->limit_pages < 40)
         S.core->limit_pages = 40;
     while (!all_rest()) {
-        if (S.pool_full)
-            S.core->limit_pages = 1 << 20;
         if (sim_chance(40))
             check_now();
         sim_yield();
@@ -88,10 +93,10 @@ static void read_everything(void)
         if (pte_of(p)->map == 0)
             continue;
         S.waiting_for = "a page that must be readable at the end";
+        if (S.verbose)
+            printf("  reading page %llu\n", (unsigned long long)(p - AS_BASE));
         S.deadline = S.steps + DRAIN_STEPS;
         pte_of(p)->prot = pte_of(p)->prot == PROT_NO ? PROT_RO : pte_of(p)->prot;
-        if (S.pool_full)
-            S.core->limit_pages = 1 << 20;
         program_read(p);
     }
 }
@@ -154,8 +159,9 @@ static void trimmed(void *ctx, uint32_t extent)
         S.family->slot[extent * FM_EXTENT_SLOTS + s] = ~0ull;
 }
 
-static void run_seed(uint64_t seed, uint64_t steps, const struct named *defect, bool verbose)
+static void run_seed(uint64_t seed, const struct options *o)
 {
+    const struct named *defect = o->defect;
     char *arena = S.arena;
     uint64_t arena_used = S.arena_used;
     struct fm_core *core = S.core;
@@ -165,8 +171,9 @@ static void run_seed(uint64_t seed, uint64_t steps, const struct named *defect, 
     S.arena = arena;
     S.core = core;
     S.seed = seed;
-    S.steps_max = steps;
-    S.verbose = verbose;
+    S.steps_max = o->steps;
+    S.verbose = o->verbose;
+    S.watch = o->watch != 0 ? AS_BASE + o->watch : 0;
     S.defect_name = defect != NULL ? defect->name : NULL;
     S.sim_defects = defect != NULL ? defect->sim : 0;
     sim_seed(seed);
@@ -185,23 +192,18 @@ static void run_seed(uint64_t seed, uint64_t steps, const struct named *defect, 
     S.cur = S.main = CO_MAIN;
     engine_start();
     S.waiting_for = "anything";
-    run_phases(steps);
+    run_phases(o->steps);
     munmap(S.family, sizeof *S.family);
     munmap(S.ledger, S.ledger_bytes);
 }
 
 /* ---- the command line */
 
-struct options {
-    uint64_t seed, steps, seeds;
-    bool seeded, verbose;
-    const struct named *defect;
-};
-
 _Noreturn static void usage(const char *wrong, const char *what)
 {
     fprintf(stderr, "farmem-sim: %s%s\n", wrong, what);
-    fprintf(stderr, "usage: farmem-sim [--seed N] [--steps N] [--seeds N] [--defect NAME] [--verbose] [--list-defects]\n");
+    fprintf(stderr, "usage: farmem-sim [--seed N] [--steps N] [--seeds N] [--defect NAME] [--verbose] [--watch PAGE]\n"
+                    "       farmem-sim --list-defects\n");
     exit(2);
 }
 
@@ -239,6 +241,8 @@ static void parse(struct options *o, char **argv)
             o->steps = number("--steps", argv[++k]);
         } else if (strcmp(argv[k], "--seeds") == 0) {
             o->seeds = number("--seeds", argv[++k]);
+        } else if (strcmp(argv[k], "--watch") == 0) {
+            o->watch = number("--watch", argv[++k]);
         } else if (strcmp(argv[k], "--defect") == 0) {
             o->defect = find_defect(argv[++k]);
         } else {
@@ -267,7 +271,7 @@ int main(int argc, char **argv)
     for (uint64_t k = 0; k < o.seeds; k++) {
         if (o.verbose)
             printf("seed %llu\n", (unsigned long long)(o.seed + k));
-        run_seed(o.seed + k, o.steps, o.defect, o.verbose);
+        run_seed(o.seed + k, &o);
         steps += S.steps;
     }
     printf("%llu seeds from %llu on, %llu steps, no violation\n", (unsigned long long)o.seeds, (unsigned long long)o.seed,

@@ -74,6 +74,7 @@ struct pte {
     uint8_t prot;
     uint8_t busy;                 /* a range operation that has not taken effect yet */
     uint8_t pend;                 /* operations that ended an old use, and whose event was not read yet */
+    uint8_t hole;                 /* a wide munmap() covered it while nothing was there; its event was not read yet */
     uint8_t users;                /* threads that access it right now */
     uint8_t dropping;             /* the engine's own drop */
     struct truth truth;
@@ -123,6 +124,7 @@ struct sim {
     struct co co[CO_MAX];
     uint32_t cur, main, depth;
     bool verbose;
+    uint64_t watch;
     uint64_t sim_defects;
     const char *defect_name;
 
@@ -131,7 +133,7 @@ struct sim {
     struct fm_counters count;
     uint32_t shared, in_core;     /* world lock holders; coroutines inside the core */
     uint32_t freeze;                  /* 1: no eviction, no new operation of the program; 2: no new fetch either */
-    bool exclusive, wanted, gate, evictor_idle, stop, pool_full, adopting;
+    bool exclusive, wanted, gate, evictor_idle, stop, adopting;
     uint32_t completing, stalled_pool;
     uint64_t freed_seq;
     struct fault fault[FAULTS_MAX];
@@ -154,6 +156,7 @@ struct sim {
 
     /* the program */
     uint64_t version_next, version_base;
+    uint32_t zap_gen, zaps[2];    /* discards under way, by when they began */
     bool pins_on, splice_on, forks_on, faults_on, free_on;
     uint32_t bad_ppm;
     struct { uint32_t phys; uint64_t page; } pin[PINS_MAX];
@@ -182,6 +185,8 @@ void co_start(uint32_t id, void (*run)(uint32_t id));
 void sim_yield(void);
 void sim_wait(ready_fn ready, void *arg);     /* until ready(arg) */
 void sim_point(void);                         /* yields now and then */
+/* What happens to the page that --watch names. */
+void sim_trace(const char *what, uint64_t page, uint64_t n, uint64_t detail);
 _Noreturn void sim_violation(const char *format, ...) __attribute__((format(printf, 1, 2)));
 #define sim_expect(x, ...) ((x) ? (void)0 : sim_violation(__VA_ARGS__))
 #define sim_defect(name) ((S.sim_defects & SIM_##name) != 0)

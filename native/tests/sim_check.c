@@ -52,7 +52,8 @@ static void check_presence(const struct fm_block *b, uint32_t i)
     const struct pte *p = pte_of(page);
     bool there = p->phys != PHYS_NONE, thrown = (b->flags[i] & FM_DISCARDED) != 0;
     uint8_t s = b->state[i];
-    sim_expect(s == FM_FRESH || (p->map != 0 && p->registered), "page %u has state %u and is not managed", (uint32_t)(page - AS_BASE), s);
+    sim_expect(s == FM_FRESH || (p->map != 0 && p->registered), "page %u has state %u and is not managed",
+               (uint32_t)(page - AS_BASE), s);
     if (s == FM_RESIDENT && !thrown)
         sim_expect(there, "page %u is resident by the books and not there", (uint32_t)(page - AS_BASE));
     bool copied = b->frame[i] != FM_FRAME_NONE && S.core->frame[b->frame[i]].copied;
@@ -128,7 +129,8 @@ void sim_check(void)
     for (const struct fm_block *b = c->limbo; b != NULL; b = b->next)
         for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++)
             check_page(b, i, &t);
-    sim_expect(t.remote == c->remote_pages, "%lld pages are remote, counted %lld", (long long)t.remote, (long long)c->remote_pages);
+    sim_expect(t.remote == c->remote_pages, "%lld pages are remote, counted %lld", (long long)t.remote,
+               (long long)c->remote_pages);
     sim_expect(t.local == c->local_pages, "%lld pages are local, counted %lld", (long long)t.local, (long long)c->local_pages);
     check_ledger(c);
     check_waiters();

@@ -68,7 +68,32 @@ void co_start(uint32_t id, void (*run)(uint32_t id))
     S.co[id] = (struct co){ .sp = sp, .run = run };
 }
 
-static bool can_run(const struct co *c) { return c->sp != NULL && (c->ready == NULL || c->ready(c->arg)); }
+/* What holds things up is mostly to be seen here. */
+static void stuck(void)
+{
+    const struct fm_core *c = S.core;
+    uint32_t state[8] = { 0 }, marked[8] = { 0 };
+    for (const struct fm_block *b = c->blocks; b != NULL; b = b->next)
+        for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++) {
+            state[b->state[i]]++;
+            for (uint32_t k = 0; k < 8 && b->state[i] == FM_RESIDENT; k++)
+                marked[k] += b->flags[i] >> k & 1;
+        }
+    fprintf(stderr, "local %lld of %lld, frames", (long long)c->local_pages, (long long)c->limit_pages);
+    for (uint32_t k = 0; k < FM_FRAME_KINDS; k++)
+        fprintf(stderr, " %u", c->kind_n[k]);
+    fprintf(stderr, ", states");
+    for (uint32_t k = 0; k < 7; k++)
+        fprintf(stderr, " %u", state[k]);
+    fprintf(stderr, ", resident with flag");
+    for (uint32_t k = 0; k < 8; k++)
+        fprintf(stderr, " %u", marked[k]);
+    fprintf(stderr, ", queue %llu, faults %u, events %u, changing %d, transfers %u\n",
+            (unsigned long long)(c->queue_tail - c->queue_head), S.faults_n, S.events_n, S.changing, S.io_n);
+    sim_violation("no progress: waiting for %s", S.waiting_for);
+}
+
+static bool can_run(const struct co *c) { return c->ready == NULL || c->ready(c->arg); }
 
 void sim_wait(ready_fn ready, void *arg)
 {
@@ -77,7 +102,7 @@ void sim_wait(ready_fn ready, void *arg)
     S.co[me].arg = arg;
     for (uint64_t tries = 0;; tries++) {
         if (S.deadline != 0 && (++S.steps > S.deadline || tries > 1000000))
-            sim_violation("no progress: waiting for %s", S.waiting_for);
+            stuck();
         if (S.deadline == 0 && tries > 10000000)
             sim_violation("nobody can run");
         k = (uint32_t)sim_rnd(CO_N);
@@ -98,6 +123,17 @@ void sim_point(void)
 {
     if (sim_chance(S.calm))
         sim_yield();
+}
+
+void sim_trace(const char *what, uint64_t page, uint64_t n, uint64_t detail)
+{
+    if (S.watch < page || S.watch >= page + n)
+        return;
+    const struct fm_block *b = fm_block_find(S.core, S.watch);
+    uint32_t i = (uint32_t)(S.watch % FM_BLOCK_PAGES);
+    printf("%8llu %2u %-12s %4llu+%llu %#llx  there %d state %d flags %#x\n", (unsigned long long)S.steps, S.cur, what,
+           (unsigned long long)(page - AS_BASE), (unsigned long long)n, (unsigned long long)detail,
+           pte_of(S.watch)->phys != PHYS_NONE, b != NULL ? b->state[i] : -1, b != NULL ? b->flags[i] : 0);
 }
 
 void sim_violation(const char *format, ...)

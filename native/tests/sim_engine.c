@@ -52,6 +52,9 @@ static struct event read_event(void)
 
 static void apply_event(const struct event *e)
 {
+    sim_trace("apply", e->page, e->n, e->kind);
+    if (e->kind == EV_REMAP)
+        sim_trace("apply to", e->to, e->n, e->page);
     switch ((enum event_kind)e->kind) {
     case EV_REMOVE:
         fm_core_removed(S.core, e->page, e->n);
@@ -168,10 +171,10 @@ static void evict_step(void)
     uint64_t what = sim_rnd(8);
     if (what < 4 && (short_of || sim_chance(6))) {
         if (fm_core_evict(c, 1 + (uint32_t)sim_rnd(40)) == FM_EVICT_FULL)
-            S.pool_full = true;
+            c->limit_pages = S.stop ? 1 << 20 : c->limit_pages;    /* nothing else helps: the budget gives way */
     } else if (what == 4) {
         fm_core_reclaim(c, 1 + (uint32_t)sim_rnd(8));
-    } else if (what == 5 && (c->local_pages > c->limit_pages || c->kind_n[FM_FRAME_EMPTY] == 0)) {
+    } else if (what == 5 && (short_of || c->kind_n[FM_FRAME_EMPTY] == 0 || c->kind_n[FM_FRAME_DEAD] > 0)) {
         fm_core_shrink(c, 1 + (uint32_t)sim_rnd(8));
     } else if (what == 6) {
         fm_core_evict(c, 0);
@@ -225,7 +228,7 @@ static void fetch_page(uint32_t slot, uint32_t frame, bool failed)
 static void transfer(const struct fm_io *io, bool failed)
 {
     for (uint32_t k = 0; k < io->n; k++) {
-        uint32_t at = sim_defect(WRONG_SLOT) && k > 0 && k + 1 == io->n && sim_chance(8) ? k - 1 : k;
+        uint32_t at = sim_defect(WRONG_SLOT) && k > 0 && k + 1 == io->n ? k - 1 : k;
         sim_point();
         if (io->kind == FM_IO_FETCH)
             fetch_page(io->slot + at, io->frame + k, failed);
@@ -323,6 +326,7 @@ static void kernel_takes(void)
     struct pte *p = pte_of(program_page());
     uint32_t f = (uint32_t)sim_rnd(S.frames_n);
     if (p->phys != PHYS_NONE && p->phys != PHYS_ZERO && S.phys[p->phys].lazy && S.phys[p->phys].held == 0) {
+        sim_trace("taken", AS_BASE + (uint64_t)(p - S.pte), 1, 0);
         phys_put(p->phys);
         p->phys = PHYS_NONE;
     }
@@ -336,6 +340,10 @@ static void chance(uint32_t id)
     for (;;) {
         kernel_takes();
         program_device_write();
+        if (sim_chance(20) && S.zaps[(S.zap_gen + 1) % 2] == 0) {
+            fm_core_zaps_done(S.core);
+            S.zap_gen++;
+        }
         if (!S.stop && sim_chance(2000))
             S.core->limit_pages = 12 + (int64_t)sim_rnd(200);
         sim_yield();

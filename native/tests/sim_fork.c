@@ -17,7 +17,7 @@
 static bool quiet(void)
 {
     return S.evictor_idle && S.io_n == 0 && S.completing == S.stalled_pool && S.changing == 0 && S.events_n == 0 &&
-           S.core->limbo == NULL && !S.gate && !S.adopting;
+           S.core->limbo == NULL && !S.exclusive && !S.gate && !S.adopting;
 }
 
 static bool dirty_frames(void)
@@ -62,16 +62,13 @@ static void forget_parent(void)
     memset(S.blocked, 0, sizeof S.blocked);
     S.faults_n = S.io_n = S.completing = S.stalled_pool = S.events_n = S.shared = S.in_core = S.freeze = 0;
     S.changing = 0;
+    S.zaps[0] = S.zaps[1] = 0;
     S.exclusive = S.wanted = S.gate = S.evictor_idle = S.stop = S.adopting = false;
     for (uint32_t k = 0; k < AS_PAGES; k++) {
         struct pte *p = &S.pte[k];
         p->users = p->busy = p->pend = p->dropping = 0;
         p->wp = false;
-        if (p->truth.window) {
-            p->truth.window = p->truth.wrote = false;
-            p->truth.mode = p->truth.mode == LAZY ? EITHER : p->truth.mode;
-            p->truth.alt = 0;
-        }
+        p->truth.window = p->truth.wrote = false;    /* what was LAZY stays so: it may have been freed before */
     }
     memset(S.child, 0, sizeof S.child);
 }
@@ -86,13 +83,13 @@ _Noreturn static void child_lives(uint32_t proc, int wait_fd)
     S.deadline = 0;
     forget_parent();
     fm_pool_ledger_view(&S.core->ledger, S.ledger, proc);
-    engine_start();
-    S.co[CO_MAIN].sp = NULL;
-    S.co[me] = (struct co){ .sp = NULL };
+    memset(S.co, 0, sizeof S.co);
     S.cur = S.main = me;
-    while (wait_fd >= 0 && read(wait_fd, &go, 1) < 0 && errno == EINTR)
-        continue;
+    if (wait_fd >= 0 && read(wait_fd, &go, 1) != 1)
+        _exit(1);                 /* the parent has failed */
     fm_core_forked(S.core);
+    engine_start();
+    S.co[me] = (struct co){ .sp = NULL };
     run_phases(sim_chance(2) ? 0 : 500 + sim_rnd(3000));
     fflush(stdout);
     _exit(0);

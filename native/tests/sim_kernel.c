@@ -79,6 +79,7 @@ void kernel_fault(uint64_t page, uint32_t bits)
     while (f < FAULTS_MAX && S.fault[f].state != FAULT_NONE)
         f++;
     sim_expect(f < FAULTS_MAX, "too many faults at once");
+    sim_trace("fault", page, 1, bits);
     S.fault[f] = (struct fault){ .state = FAULT_UNREAD, .co = (uint8_t)S.cur, .bits = (uint8_t)bits, .page = page };
     S.faults_n++;
     S.blocked[S.cur] = true;
@@ -88,6 +89,7 @@ void kernel_fault(uint64_t page, uint32_t bits)
 
 void kernel_zap(struct pte *p)
 {
+    sim_trace("zap", AS_BASE + (uint64_t)(p - S.pte), 1, 0);
     phys_put(p->phys);
     p->phys = PHYS_NONE;
     p->wp = p->shared = p->poison = false;
@@ -143,6 +145,9 @@ void kernel_event(enum event_kind kind, uint64_t page, uint64_t to, uint64_t n)
 {
     struct event e = { .kind = (uint8_t)kind, .page = page, .to = to, .n = n };
     sim_expect(S.events_n < EVENTS_MAX, "too many events at once");
+    sim_trace(kind == EV_REMAP ? "q remap" : kind == EV_REMOVE ? "q remove" : "q unmap", page, n, to);
+    if (kind == EV_REMAP)
+        sim_trace("q remap to", to, n, page);
     S.events[S.events_n++] = &e;
     sim_wait(was_read, &e);
 }

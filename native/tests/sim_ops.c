@@ -99,6 +99,7 @@ static enum fm_res put_pages(uint64_t page, uint32_t frame, uint32_t n, uint32_t
             r = put_page(pte_of(page + *done), frame == FM_FRAME_NONE ? frame : frame + *done, way);
         *done += r == FM_OK;
     }
+    sim_trace("in", page, n, (uint64_t)r << 32 | (uint64_t)way << 16 | *done);
     kernel_wake(page, *done);
     sim_point();
     return r;
@@ -151,6 +152,7 @@ static enum fm_res op_move_out(void *ctx, uint64_t page, uint32_t frame, uint32_
             r = take_page(pte_of(page + *done), frame + *done);
         *done += r == FM_OK;
     }
+    sim_trace("out", page, n, (uint64_t)r << 32 | *done);
     sim_point();
     return r;
 }
@@ -166,6 +168,7 @@ static enum fm_res op_protect(void *ctx, uint64_t page, uint32_t n, bool on)
         if (r == FM_OK && pte_of(page + k)->phys != PHYS_NONE)
             pte_of(page + k)->wp = on;
     }
+    sim_trace(on ? "protect" : "unprotect", page, n, r);
     if (r == FM_OK && !on)
         kernel_wake(page, n);
     sim_point();
@@ -190,6 +193,7 @@ static void op_wake(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
     sim_point();
+    sim_trace("wake", page, n, 0);
     if (!sim_defect(FORGET_WAKE) || !sim_chance(4))
         kernel_wake(page, n);
 }
@@ -269,23 +273,21 @@ static void pause_core(void)
 static enum fm_res op_drop(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
+    sim_expect(n == 1, "pages are dropped one by one");
     pause_core();
-    bool ok = true;
-    for (uint64_t p = page; p < page + n; p++)
-        ok = ok && in_space(p) && pte_of(p)->registered && pte_of(p)->pend == 0;
-    if (ok && !sim_chance(100)) {
-        for (uint64_t p = page; p < page + n; p++)
-            pte_of(p)->dropping++;
+    while (S.changing > 0)
+        sim_yield();
+    const struct fm_block *b = fm_block_find(S.core, page);
+    bool still = b != NULL && b->state[page % FM_BLOCK_PAGES] == FM_LEAVING;
+    bool ok = still && in_space(page) && pte_of(page)->registered && pte_of(page)->pend == 0 && !sim_chance(100);
+    if (ok) {
+        pte_of(page)->dropping++;
         S.changing++;
-        kernel_event(EV_REMOVE, page, 0, n);
+        kernel_event(EV_REMOVE, page, 0, 1);
         S.changing--;
         sim_point();
-        for (uint64_t p = page; p < page + n; p++) {
-            kernel_zap(pte_of(p));
-            pte_of(p)->dropping--;
-        }
-    } else {
-        ok = false;
+        kernel_zap(pte_of(page));
+        pte_of(page)->dropping--;
     }
     core_in();
     return ok ? FM_OK : FM_FAIL;
@@ -377,23 +379,24 @@ const struct fm_ops sim_ops = {
 
 /* ---- which bytes were spoilt on purpose */
 
-void bad_note(uint64_t version, bool good)
+/* Where a version stands in the table, or may be put. */
+static uint32_t bad_place(uint64_t version)
 {
-    for (uint32_t k = (uint32_t)(version * 0x9e3779b9u) % BAD_SIZE, tries = 0; tries < BAD_SIZE; k = (k + 1) % BAD_SIZE, tries++) {
-        if (S.bad[k].version != version && S.bad[k].version != 0)
-            continue;
-        if (good && S.bad[k].version == 0)
-            return;
-        S.bad[k].version = version;
-        S.bad[k].n = good ? 0 : S.bad[k].n + 1;
-        return;
+    uint32_t k = (uint32_t)(version * 0x9e3779b9u) % BAD_SIZE;
+    for (uint32_t tries = 0; S.bad[k].version != version && S.bad[k].version != 0; tries++) {
+        sim_expect(tries < BAD_SIZE, "too many pages were spoilt");
+        k = (k + 1) % BAD_SIZE;
     }
+    return k;
 }
 
-uint32_t bad_count(uint64_t version)
+void bad_note(uint64_t version, bool good)
 {
-    for (uint32_t k = (uint32_t)(version * 0x9e3779b9u) % BAD_SIZE, tries = 0; tries < BAD_SIZE; k = (k + 1) % BAD_SIZE, tries++)
-        if (S.bad[k].version == version || S.bad[k].version == 0)
-            return S.bad[k].version == version ? S.bad[k].n : 0;
-    return 0;
+    uint32_t k = bad_place(version);
+    if (good && S.bad[k].version == 0)
+        return;
+    S.bad[k].version = version;
+    S.bad[k].n = good ? 0 : S.bad[k].n + 1;
 }
+
+uint32_t bad_count(uint64_t version) { return S.bad[bad_place(version)].n; }

@@ -16,6 +16,7 @@ uint64_t program_page(void)
 
 static void wrote(struct pte *p, uint64_t version)
 {
+    sim_trace("write", AS_BASE + (uint64_t)(p - S.pte), 1, version);
     p->truth.now = version;
     p->truth.mode = p->truth.window ? LAZY : EXACT;
     p->truth.wrote = p->truth.window;
@@ -25,13 +26,15 @@ static void wrote(struct pte *p, uint64_t version)
 static void saw(uint64_t page, uint64_t version)
 {
     struct truth *t = &pte_of(page)->truth;
+    sim_trace("saw", page, 1, version);
     if (version == t->now) {
         t->mode = t->mode == EITHER ? EXACT : t->mode;
         return;
     }
     sim_expect((t->mode == EITHER && version == t->alt) || (t->mode == LAZY && version == 0),
-               "wrong bytes: page %llu reads %#llx and must read %#llx (mode %d, alt %#llx)", (unsigned long long)(page - AS_BASE),
-               (unsigned long long)version, (unsigned long long)t->now, t->mode, (unsigned long long)t->alt);
+               "wrong bytes: page %llu reads %#llx and must read %#llx (mode %d, alt %#llx)",
+               (unsigned long long)(page - AS_BASE), (unsigned long long)version, (unsigned long long)t->now, t->mode,
+               (unsigned long long)t->alt);
     t->now = version;
     t->mode = EXACT;
 }
@@ -153,6 +156,8 @@ static void discard(void)
         p->truth.wrote = p->truth.mode == EITHER;
         p->truth.mode = LAZY;
     }
+    uint32_t gen = S.zap_gen % 2;
+    S.zaps[gen]++;
     if (registered) {
         S.changing++;
         kernel_event(EV_REMOVE, page, 0, n);
@@ -162,6 +167,7 @@ static void discard(void)
         sim_yield();
     for (uint32_t k = 0; k < n; k++)
         window_ends(page + k, freed);
+    S.zaps[gen]--;
 }
 
 /* ---- unmap, move, map */
@@ -178,8 +184,9 @@ static void drop_pins(uint64_t page)
 
 static void clear_pte(struct pte *p)
 {
-    uint8_t pend = p->pend, busy = p->busy, dropping = p->dropping, users = p->users;
-    *p = (struct pte){ .phys = PHYS_NONE, .pend = pend, .busy = busy, .dropping = dropping, .users = users };
+    struct pte was = *p;
+    *p = (struct pte){ .phys = PHYS_NONE, .pend = was.pend, .busy = was.busy, .dropping = was.dropping, .users = was.users,
+                       .hole = was.hole };
 }
 
 static void pend(uint64_t page, uint64_t n, int by)
@@ -190,9 +197,10 @@ static void pend(uint64_t page, uint64_t n, int by)
 
 static void unmap_now(uint64_t page, uint64_t n)
 {
-    bool registered = false;
+    bool registered = false, hole[FM_BLOCK_PAGES];
     for (uint64_t k = 0; k < n; k++) {
         struct pte *p = pte_of(page + k);
+        hole[k] = !p->registered;
         registered = registered || p->registered;
         drop_pins(page + k);
         phys_put(p->phys);
@@ -201,12 +209,16 @@ static void unmap_now(uint64_t page, uint64_t n)
     if (!registered)
         return;
     pend(page, n, 1);
+    for (uint64_t k = 0; k < n; k++)
+        pte_of(page + k)->hole += hole[k];
     S.changing++;
     for (uint64_t k = sim_rnd(6) * sim_rnd(6); k > 0; k--)
         sim_yield();
     kernel_event(EV_UNMAP, page, 0, n);
     S.changing--;
     pend(page, n, -1);
+    for (uint64_t k = 0; k < n; k++)
+        pte_of(page + k)->hole -= hole[k];
 }
 
 /* munmap() of a whole block, whatever is there. */
@@ -232,7 +244,8 @@ static void unmap(void)
 static bool free_range(uint64_t page, uint32_t n)
 {
     for (uint32_t k = 0; k < n; k++)
-        if (!in_space(page + k) || pte_of(page + k)->map != 0 || pte_of(page + k)->users > 0 || pte_of(page + k)->dropping > 0)
+        if (!in_space(page + k) || pte_of(page + k)->map != 0 || pte_of(page + k)->users > 0 || pte_of(page + k)->dropping > 0 ||
+            pte_of(page + k)->hole > 0)
             return false;
     return true;
 }
@@ -244,6 +257,7 @@ static void map_new(void)
     if (!free_range(page, n))
         return;
     S.map_next++;
+    sim_trace("map", page, n, map);
     for (uint32_t k = 0; k < n; k++)
         pte_of(page + k)->map = map;
 }
@@ -254,6 +268,7 @@ static void move_page(uint64_t from, uint64_t to, uint32_t map, bool keep)
     for (uint32_t k = 0; k < PINS_MAX; k++)
         if (S.pin[k].phys != PHYS_NONE && S.pin[k].page == from)
             S.pin[k].page = to;
+    sim_trace("moved from", from, 1, to);
     clear_pte(p);
     if (keep) {
         p->map = was.map;

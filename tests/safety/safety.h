@@ -173,6 +173,21 @@ static inline void *pressure_run(void *unused)
     return NULL;
 }
 
+/* How many of the pages are here.  mincore counts page table entries, as the engine sees them. */
+static inline size_t pages_here(const void *memory, size_t bytes)
+{
+    unsigned char seen[1024];
+    size_t here = 0, pages = bytes / PAGE;
+    for (size_t i = 0; i < pages; i += sizeof seen) {
+        size_t n = pages - i < sizeof seen ? pages - i : sizeof seen;
+        if (mincore((char *)(uintptr_t)memory + i * PAGE, n * PAGE, seen) != 0)
+            return pages;
+        for (size_t k = 0; k < n; k++)
+            here += seen[k] & 1;
+    }
+    return here;
+}
+
 /* From here on everything that isn't touched again soon will have to go. */
 static inline void pressure_start(size_t bytes)
 {
@@ -187,6 +202,12 @@ static inline void pressure_start(size_t bytes)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     CHECK(pthread_create(&pressure.thread, NULL, pressure_run, NULL) == 0);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    /* Nobody says how soon an engine must notice. Alone, nothing is ever away: not for long. */
+    for (int i = 0; i < 250; i++) {
+        if (atomic_load(&pressure.sweeps) > 0 && pages_here(pressure.ballast, bytes) < pressure.pages)
+            break;
+        pause_us(1000);
+    }
 }
 
 static inline void pressure_stop(void)
@@ -202,21 +223,6 @@ static inline void pressure_wait(unsigned sweeps)
     uint64_t until = atomic_load(&pressure.sweeps) + sweeps;
     while (atomic_load(&pressure.sweeps) < until)
         pause_us(500);
-}
-
-/* How many of the pages are here.  mincore counts page table entries, as the engine sees them. */
-static inline size_t pages_here(const void *memory, size_t bytes)
-{
-    unsigned char seen[1024];
-    size_t here = 0, pages = bytes / PAGE;
-    for (size_t i = 0; i < pages; i += sizeof seen) {
-        size_t n = pages - i < sizeof seen ? pages - i : sizeof seen;
-        if (mincore((char *)(uintptr_t)memory + i * PAGE, n * PAGE, seen) != 0)
-            return pages;
-        for (size_t k = 0; k < n; k++)
-            here += seen[k] & 1;
-    }
-    return here;
 }
 
 /* Waits until the memory has been evicted, for `sweeps` sweeps at most (alone, nothing

@@ -116,7 +116,7 @@ def test_kill_the_supervisor(tmp_path: Path) -> None:
 def test_fork_after_the_supervisor_has_died(tmp_path: Path) -> None:
     """A child can't be taken on any more: it has the right bytes or dies with a message."""
     program = compile_c("forks")
-    with start_farmem([program, "thread", "40"], local=LOCAL) as job:
+    with start_farmem([program, "thread", "5"], local=LOCAL) as job:
         job.program(program)
         time.sleep(1.0)
         os.kill(job.supervisor(), signal.SIGKILL)

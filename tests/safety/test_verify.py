@@ -55,7 +55,7 @@ def test_every_word_notices(defect: str, evict: str | None) -> None:
 
 def test_failing_reads_are_tried_again() -> None:
     result = run_farmem(
-        [compile_c("verify")], local=LOCAL, filters=["error:fetch=0.002,seed=1"], check=False
+        [compile_c("verify")], local=LOCAL, filters=["error:fetch=0.01,seed=1"], check=False
     )
     assert_right_or_lost(result)
     assert result.stats is not None and result.stats["fetch_retries"] >= 1, result.describe()
@@ -63,7 +63,7 @@ def test_failing_reads_are_tried_again() -> None:
 
 def test_failing_writes_keep_the_page() -> None:
     """A store that fails must leave the page where it is; the program sees nothing of it."""
-    result = run_farmem([compile_c("verify")], local=LOCAL, filters=["error:store=0.02,seed=2"])
+    result = run_farmem([compile_c("verify")], local=LOCAL, filters=["error:store=0.5,seed=2"])
     assert_ok(result)
     assert result.stats is not None and result.stats["store_errors"] >= 1, result.describe()
 
