@@ -28,7 +28,12 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
     case FM_RESIDENT:
         if ((there & 1) != 0)
             break;
-        /* Discarded just now; the zap came before the snapshot, or the event did. */
+        /* With a slot it was not discarded (that takes the slot away) but put back while the memory was being copied: the
+         * child has not got it, and its slot holds the bytes. */
+        if (b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0) {
+            b->state[i] = FM_REMOTE;
+            break;
+        }
         fm_slot_detach(c, b, i);
         b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
         break;

@@ -164,5 +164,6 @@ void fm_fork_prepare(void);
 void fm_fork_parent(void);
 void fm_fork_child(void);
 void fm_fork_stand_still(void);           /* evictor: does what fm.freeze asks for */
+bool fm_fork_sleeps(void);                /* the forking thread waits for somebody, so it is not copying now */
 
 #endif

@@ -147,6 +147,29 @@ void fm_fork_stand_still(void)
         stand_still();
 }
 
+/* libc takes locks on the way to its system call, malloc's among them, and whoever holds one of them may itself wait for a page.
+ * In the call, while memory is copied, a thread runs or sleeps uninterruptibly; in a lock it sleeps. */
+bool fm_fork_sleeps(void)
+{
+    char name[32], text[64];
+    uint32_t n = 0, tid = fm.fork_tid;
+    char digits[16];
+    do {
+        digits[n++] = (char)('0' + tid % 10);
+        tid /= 10;
+    } while (tid > 0);
+    for (uint32_t k = 0; k < n; k++)
+        name[k] = digits[n - 1 - k];
+    __builtin_memcpy(name + n, "/stat", 6);
+    long fd = fm_sys(SYS_openat, fm.tasks, name, O_RDONLY | O_CLOEXEC);
+    long got = fd >= 0 ? fm_sys(SYS_read, fd, text, sizeof text - 1) : 0;
+    if (fd >= 0)
+        fm_sys(SYS_close, fd);
+    text[got > 0 ? got : 0] = 0;
+    const char *end = strrchr(text, ')');     /* "TID (NAME) STATE ...": a name is 15 characters at most */
+    return end != NULL && end[1] == ' ' && end[2] == 'S';
+}
+
 /* ---- the program's thread ---------------------------------------------------------------------------------- */
 
 /* libc walks its open streams in the child before our handler runs there: have them here by then.  Exported by glibc

@@ -14,7 +14,8 @@
 
 #define RETRIES_MAX 256u
 #define SPIN_READS 30u
-#define HOLD_LOOK_NS 2000000
+#define HOLD_LOOK_NS 200000
+#define HOLD_READS 64u
 
 struct reader {
     struct fm_parked retry[RETRIES_MAX];   /* faults that met a changing world */
@@ -126,9 +127,9 @@ static void try_again(void)
 
 /* ---- standing still for a fork --------------------------------------------------------------------------- */
 
-/* The child's books are a copy of ours, taken page by page while the fork goes on: nothing may change in them meanwhile.  Only
- * the forking thread's own faults are resolved (it can't fault and fork at once).  Messages are read only when it
- * seems to be stuck; other threads' faults wait, and so do those who raised an event that is not read. */
+/* The child's books are a copy of ours, taken page by page while the fork goes on: nothing may change in them
+ * meanwhile.  But the forking thread may wait for a page, or for a lock of libc's whose holder waits for one: only
+ * while it sleeps, which it does not in the system call, others are served. */
 static void stand_still(void)
 {
     struct uffd_msg m;
@@ -136,12 +137,14 @@ static void stand_still(void)
     fm_futex_wake(&fm.held, 1);
     while (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0) {
         fm_futex_wait(&fm.hold, 1, HOLD_LOOK_NS);
-        if (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) == 0 || read_one(&m) != 1)
-            continue;
-        if (m.arg.pagefault.feat.ptid == fm.fork_tid)
-            fault(&m);
-        else
-            later(m.arg.pagefault.address / FM_PAGE_BYTES, bits_of(&m), fm_now_ns());
+        int r = 0;
+        for (uint32_t k = 0; k < HOLD_READS && r >= 0 && __atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0 && fm_fork_sleeps(); k++) {
+            r = read_one(&m);
+            if (r == 1)
+                fault(&m);
+            if (r < 0 && reader.retries > 0)
+                try_again();
+        }
     }
     __atomic_store_n(&fm.held, 0, __ATOMIC_SEQ_CST);
 }
