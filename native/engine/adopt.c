@@ -147,6 +147,22 @@ static bool each_mapping(void (*use)(const struct mapping *m))
     }
 }
 
+static struct span sought;
+static bool seen_there;
+
+static void seek(const struct mapping *m)
+{
+    if (m->start < sought.end && m->end > sought.start)
+        seen_there = true;
+}
+
+bool fm_mapped(uint64_t start, uint64_t end)
+{
+    sought = (struct span){ start, end };
+    seen_there = false;
+    return !each_mapping(seek) || seen_there;
+}
+
 /* ---- which mappings ----------------------------------------------------------------------------------- */
 
 /* Neighbours count as one: an arena that grows by small steps is a large mapping to us. */

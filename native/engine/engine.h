@@ -23,6 +23,7 @@
 #include "engine/sys.h"
 
 #define FM_FRAMES 512u                 /* staging: 2 MiB, so that it stays in the processor's cache */
+#define FM_FORK_UNMAPS 8u
 #define FM_PARKED_MAX 1024u
 #define FM_STACK_BYTES 65536u
 #define FM_THREADS_MAX 16u
@@ -84,6 +85,9 @@ struct fm_engine {
     uint32_t bell, evictor_sleeps, freeze, frozen, thaw;     /* freeze: enum fm_freeze */
     /* while a fork copies our books the reader resolves nobody's faults but the forking thread's own */
     uint32_t hold, held, reader_waits, fork_tid;
+    uint32_t fork_unmaps_n;            /* UNMAP events since the freeze (those that fit are in fork_unmaps) */
+    struct fm_range fork_unmaps[FM_FORK_UNMAPS];
+    uint64_t remaps;                   /* REMAP events applied */
     uint32_t io_busy;                  /* stores and fetches under way */
     uint64_t mm_events;                /* UNMAP and REMAP events applied */
     fm_lock fork_lock;                 /* adoption and fork exclude each other */
@@ -135,6 +139,7 @@ bool fm_adopt(void);                   /* false: it can't be done, and has been 
 bool fm_adopt_scan(void);              /* mappings that have appeared since; false: try again, the world is changing */
 bool fm_adopt_forked(uint32_t slot);   /* in the child of a fork; false: it can't go on */
 void fm_managed_advise(int advice);
+bool fm_mapped(uint64_t start, uint64_t end);   /* is any mapping there? */
 
 /* tcbs.c */
 void fm_keep_thread(uint64_t tcb);     /* the only one that runs on the program's threads */

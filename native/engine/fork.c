@@ -51,15 +51,31 @@ static uint32_t reserve_slot(void)
     return FM_SLOT_ANY;
 }
 
-/* An event that changes mappings, between the freeze and the child's copy, leaves the child with books that may not
- * be those of its memory.  It is told, and ends rather than to guess. */
-static void judge_child(uint64_t events)
+/* Mappings that went away between the freeze and the child's copy: it settles them by looking whether it has them.
+ * A range that is mapped again here may be mapped there as something else, and where something moved to is not to
+ * be known: then the child is told to end rather than to guess. */
+static bool child_can_settle(struct fm_proc *p)
+{
+    if (fm.fork_unmaps_n > FM_FORK_UNMAPS)
+        return false;
+    for (uint32_t k = 0; k < fm.fork_unmaps_n; k++) {
+        struct fm_range r = fm.fork_unmaps[k];
+        if (fm_mapped(r.page * FM_PAGE_BYTES, r.end * FM_PAGE_BYTES))
+            return false;
+        p->fork_unmaps[2 * k] = r.page;
+        p->fork_unmaps[2 * k + 1] = r.end;
+    }
+    p->fork_unmaps_n = fm.fork_unmaps_n;
+    return true;
+}
+
+static void judge_child(uint64_t remaps)
 {
     struct fm_proc *p = &fm.control->procs[fm.fork_slot];
     while (fm_uffd_changing())
         fm_sleep_ns(20000);
-    uint32_t verdict = __atomic_load_n(&fm.mm_events, __ATOMIC_ACQUIRE) == events ? FM_VERDICT_GO : FM_VERDICT_STOP;
-    __atomic_store_n(&p->fork_verdict, verdict, __ATOMIC_RELEASE);
+    bool go = __atomic_load_n(&fm.remaps, __ATOMIC_ACQUIRE) == remaps && child_can_settle(p);
+    __atomic_store_n(&p->fork_verdict, go ? FM_VERDICT_GO : FM_VERDICT_STOP, __ATOMIC_RELEASE);
 }
 
 /* Whoever changes the slot's state first has it: should there be a child after all, it finds its slot gone, and ends. */
@@ -118,7 +134,8 @@ static void stand_still(void)
     }
     fm_front_thread_hold();
     prepare_child(c);
-    uint64_t events = __atomic_load_n(&fm.mm_events, __ATOMIC_ACQUIRE);
+    uint64_t remaps = __atomic_load_n(&fm.remaps, __ATOMIC_ACQUIRE);
+    fm.fork_unmaps_n = 0;
     __atomic_store_n(&fm.frozen, 1, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.frozen, 1);
     wait_for_thaw();
@@ -126,7 +143,7 @@ static void stand_still(void)
     if (fm.fork_slot != FM_SLOT_ANY && fm.fork_failed)
         child_never_was();
     else if (fm.fork_slot != FM_SLOT_ANY)
-        judge_child(events);
+        judge_child(remaps);
     fm_world_share(&fm.world);
     fm_managed_advise(MADV_DONTFORK);
     fm_world_unshare(&fm.world);
@@ -259,10 +276,24 @@ static bool parent_says_go(void)
     return verdict == FM_VERDICT_GO;
 }
 
+static void settle_unmapped(void)
+{
+    for (uint32_t k = 0; k < fm.proc->fork_unmaps_n; k++) {
+        uint64_t page = fm.proc->fork_unmaps[2 * k], end = fm.proc->fork_unmaps[2 * k + 1];
+        if (fm_mapped(page * FM_PAGE_BYTES, end * FM_PAGE_BYTES))
+            continue;                       /* the copy was first: the child has all of it */
+        fm_world_take(&fm.world);
+        fm_core_unmapped(&fm.core, page, end - page);
+        fm_world_release(&fm.world);
+    }
+}
+
 static void child_main(void *arg)
 {
     (void)arg;
     bool ok = fm.fork_slot != FM_SLOT_ANY && fm_descriptors_open() && fm_adopt_forked(fm.fork_slot) && parent_says_go();
+    if (ok)
+        settle_unmapped();
     __atomic_store_n(&fm.child_ready, ok ? 1 : 2, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.child_ready, 1);
     if (ok)

@@ -48,11 +48,16 @@ static void apply(const struct uffd_msg *m)
         break;
     case UFFD_EVENT_UNMAP:
         fm.mm_events++;
+        if (fm.fork_unmaps_n < FM_FORK_UNMAPS)
+            fm.fork_unmaps[fm.fork_unmaps_n] = (struct fm_range){ from, from + n };
+        if (fm.fork_unmaps_n <= FM_FORK_UNMAPS)
+            fm.fork_unmaps_n++;
         if (!ours(m->arg.remove.start))
             fm_core_unmapped(c, from, n);
         break;
     case UFFD_EVENT_REMAP:
         fm.mm_events++;
+        fm.remaps++;
         fm_core_remapped(c, m->arg.remap.from / FM_PAGE_BYTES, m->arg.remap.to / FM_PAGE_BYTES, m->arg.remap.len / FM_PAGE_BYTES);
         break;
     default:

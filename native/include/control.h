@@ -80,7 +80,8 @@ struct fm_proc {
     uint64_t local_bytes;             /* anonymous memory that is here, staging included */
     uint64_t remote_bytes;            /* pages that are only in the pool */
     uint32_t fork_verdict;            /* of the parent on a child: enum fm_verdict */
-    uint32_t pad32;
+    uint32_t fork_unmaps_n;           /* ranges unmapped while the fork went on, for the child to settle */
+    uint64_t fork_unmaps[16];         /* start and end of each */
     uint64_t pad[3];
     struct fm_counters counters;
 };
