@@ -37,6 +37,12 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
         fm_slot_detach(c, b, i);
         b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
         break;
+    case FM_REMOTE:           /* without its slot: it was being forgotten just then */
+        if (b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) == 0) {
+            fm_slot_detach(c, b, i);
+            b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
+        }
+        break;
     default:
         break;
     }

@@ -238,7 +238,8 @@ static void without_threads(uint64_t start, uint64_t end)
 
 static bool plain_anonymous(const struct mapping *m)
 {
-    return m->anonymous && m->private && (m->path[0] == 0 || strcmp(m->path, "[heap]") == 0 || strncmp(m->path, "[anon", 5) == 0) &&
+    bool unnamed = m->path[0] == 0 || strcmp(m->path, "[heap]") == 0 || strncmp(m->path, "[anon", 5) == 0;
+    return m->anonymous && m->private && unnamed &&
            m->start < (1ull << 47);
 }
 
@@ -268,7 +269,8 @@ static void found_pages(uint64_t start, uint64_t end)
             break;
         }
         for (long k = 0; k < n; k++)
-            fm_core_found(&fm.core, region[k].start / FM_PAGE_BYTES, (uint32_t)((region[k].end - region[k].start) / FM_PAGE_BYTES));
+            fm_core_found(&fm.core, region[k].start / FM_PAGE_BYTES,
+                          (uint32_t)((region[k].end - region[k].start) / FM_PAGE_BYTES));
         start = a.walk_end;
     }
     while (start < end) {            /* Linux before 6.7: look at every page, but make records only where one is */
@@ -377,7 +379,8 @@ static bool staging_open(void)
 {
     uint64_t bytes = (uint64_t)FM_FRAMES * FM_PAGE_BYTES;
     int place = fm.frames != NULL ? MAP_FIXED_NOREPLACE : 0;      /* in a forked child: where the parent has its own */
-    long r = fm_sys(SYS_mmap, fm.frames, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | place, -1, 0);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | place;
+    long r = fm_sys(SYS_mmap, fm.frames, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
     if ((r < 0 && r > -4096) || (place != 0 && r != (long)fm.frames))
         return false;
     fm.frames = (char *)r;

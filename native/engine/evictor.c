@@ -51,6 +51,32 @@ static void retry_parked(void)
     }
 }
 
+static void tell_when_full(bool full)
+{
+    static bool told;
+    if (full && !told)
+        fm_say(FM_LEVEL_WARNING, "the pool is full: pages stay local, over the budget.", 0);
+    told = full;
+}
+
+static bool evict(struct fm_core *c)
+{
+    enum fm_evict_result r = fm_core_evict(c, BATCH);
+    tell_when_full(r == FM_EVICT_FULL);
+    if (r == FM_EVICT_RETRY)
+        fm_sleep_ns(20000);
+    return r == FM_EVICT_DONE || r == FM_EVICT_RETRY;
+}
+
+/* How many empty frames call for an eviction: staging fills up as the budget runs out, and from then on each frame that a
+ * fault empties is filled again.  Frames that others may read are never taken for a fetch, so some are left empty. */
+static uint32_t empty_enough(const struct fm_core *c, int64_t room)
+{
+    if (room < 0)
+        return 1;
+    return c->frames_shared ? 3 * BATCH : BATCH / 2;
+}
+
 /* One step towards the budget.  False: nothing to do, or nothing can be done now. */
 static bool step(struct fm_core *c)
 {
@@ -59,29 +85,27 @@ static bool step(struct fm_core *c)
     bool did = false;
     if (c->kind_n[FM_FRAME_DEAD] > 0)
         did = fm_core_shrink(c, c->kind_n[FM_FRAME_DEAD]) > 0;
+    if (__atomic_load_n(&c->drops_n, __ATOMIC_ACQUIRE) > 0)
+        fm_core_evict(c, 0);
     if (room >= (int64_t)FM_FRAMES)
         return did;
-    /* Staging fills up as the budget runs out; from then on each frame that a fault empties is filled again. */
-    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= (room < 0 ? 1u : c->frames_shared ? 3u * BATCH : BATCH / 2u)) {
-        enum fm_evict_result r = fm_core_evict(c, BATCH);
-        did |= r == FM_EVICT_DONE;
-        if (r == FM_EVICT_RETRY)
-            fm_sleep_ns(20000);
-        did |= r == FM_EVICT_RETRY;
-    }
+    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= empty_enough(c, room))
+        did |= evict(c);
     if (room < 0)
         did |= fm_core_shrink(c, -room < (int64_t)BATCH ? (uint32_t)-room : BATCH) > 0;
     else if (c->frames_shared && (room < (int64_t)BATCH || c->kind_n[FM_FRAME_EMPTY] < BATCH))
-        did |= fm_core_shrink(c, BATCH) > 0;     /* faults may not take staged frames: make room for them */
+        did |= fm_core_shrink(c, BATCH) > 0;
     return did;
 }
 
-static void tell_when_full(bool full)
+/* Nothing can leave (all pinned or locked, the pool is full): whoever waits for a frame gets one over the budget. */
+static void give_over_budget(struct fm_core *c)
 {
-    static bool told;
-    if (full && !told)
-        fm_say(FM_LEVEL_WARNING, "the pool is full: pages stay local, over the budget.", 0);
-    told = full;
+    if (__atomic_load_n(&fm.io_busy, __ATOMIC_ACQUIRE) != 0)
+        return;
+    __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+    retry_parked();
+    __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
 }
 
 void fm_evictor_main(void *arg)
@@ -98,7 +122,8 @@ void fm_evictor_main(void *arg)
         retry_parked();
         if (did)
             continue;
-        tell_when_full(c->remote_pages > 0 && fm_pool_ledger_used(fm.ledger_base) >= (uint64_t)c->ledger.extents * FM_EXTENT_SLOTS);
+        if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0)
+            give_over_budget(c);
         __atomic_store_n(&fm.evictor_sleeps, 1, __ATOMIC_SEQ_CST);
         int64_t wait = fm.parked_n > 0 ? 1000000 : IDLE_NS;
         fm_futex_wait(&fm.bell, seen, wait);

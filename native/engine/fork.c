@@ -51,19 +51,15 @@ static uint32_t reserve_slot(void)
     return FM_SLOT_ANY;
 }
 
-/* Mappings that went away between the freeze and the child's copy: it settles them by looking whether it has them.
- * A range that is mapped again here may be mapped there as something else, and where something moved to is not to
- * be known: then the child is told to end rather than to guess. */
+/* Mappings that went away between the freeze and the child's copy: the child settles them by looking whether it has
+ * them.  Where something moved to is not to be known: then it is told to end rather than to guess. */
 static bool child_can_settle(struct fm_proc *p)
 {
     if (fm.fork_unmaps_n > FM_FORK_UNMAPS)
         return false;
     for (uint32_t k = 0; k < fm.fork_unmaps_n; k++) {
-        struct fm_range r = fm.fork_unmaps[k];
-        if (fm_mapped(r.page * FM_PAGE_BYTES, r.end * FM_PAGE_BYTES))
-            return false;
-        p->fork_unmaps[2 * k] = r.page;
-        p->fork_unmaps[2 * k + 1] = r.end;
+        p->fork_unmaps[2 * k] = fm.fork_unmaps[k].page;
+        p->fork_unmaps[2 * k + 1] = fm.fork_unmaps[k].end;
     }
     p->fork_unmaps_n = fm.fork_unmaps_n;
     return true;
@@ -164,8 +160,8 @@ void fm_fork_stand_still(void)
         stand_still();
 }
 
-/* libc takes locks on the way to its system call, malloc's among them, and whoever holds one of them may itself wait for a page.
- * In the call, while memory is copied, a thread runs or sleeps uninterruptibly; in a lock it sleeps. */
+/* libc takes locks on the way to its system call, malloc's among them, and whoever holds one of them may itself wait for a
+ * page.  In the call, while memory is copied, a thread runs or sleeps uninterruptibly; in a lock it sleeps. */
 bool fm_fork_sleeps(void)
 {
     char name[32], text[64];
@@ -276,24 +272,38 @@ static bool parent_says_go(void)
     return verdict == FM_VERDICT_GO;
 }
 
-static void settle_unmapped(void)
+static bool any_remote(uint64_t page, uint64_t end)
 {
+    for (; page < end; page++) {
+        struct fm_block *b = fm_block_find(&fm.core, page);
+        if (b != NULL && b->state[page % FM_BLOCK_PAGES] == FM_REMOTE)
+            return true;
+    }
+    return false;
+}
+
+/* A range that the child has may be the old mapping (the copy was first) or a new one in its place.  Pages that are
+ * here, and zeros, are right for both; old bytes in the pool would be wrong for the new one. */
+static bool settle_unmapped(void)
+{
+    bool ok = true;
     for (uint32_t k = 0; k < fm.proc->fork_unmaps_n; k++) {
         uint64_t page = fm.proc->fork_unmaps[2 * k], end = fm.proc->fork_unmaps[2 * k + 1];
-        if (fm_mapped(page * FM_PAGE_BYTES, end * FM_PAGE_BYTES))
-            continue;                       /* the copy was first: the child has all of it */
         fm_world_take(&fm.world);
-        fm_core_unmapped(&fm.core, page, end - page);
+        if (!fm_mapped(page * FM_PAGE_BYTES, end * FM_PAGE_BYTES))
+            fm_core_unmapped(&fm.core, page, end - page);
+        else if (any_remote(page, end))
+            ok = false;
         fm_world_release(&fm.world);
     }
+    return ok;
 }
 
 static void child_main(void *arg)
 {
     (void)arg;
-    bool ok = fm.fork_slot != FM_SLOT_ANY && fm_descriptors_open() && fm_adopt_forked(fm.fork_slot) && parent_says_go();
-    if (ok)
-        settle_unmapped();
+    bool ok = fm.fork_slot != FM_SLOT_ANY && fm_descriptors_open() && fm_adopt_forked(fm.fork_slot) &&
+              parent_says_go() && settle_unmapped();
     __atomic_store_n(&fm.child_ready, ok ? 1 : 2, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.child_ready, 1);
     if (ok)

@@ -305,7 +305,8 @@ bool fm_uffd_open(void)
 
 bool fm_uffd_register(uint64_t start, uint64_t end)
 {
-    struct uffdio_register r = { .range = { start, end - start }, .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP };
+    struct uffdio_register r = { .range = { start, end - start },
+                                 .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP };
     return fm_sys(SYS_ioctl, fm.uffd, UFFDIO_REGISTER, &r) == 0;
 }
 

@@ -132,24 +132,30 @@ static void try_again(void)
 
 /* ---- standing still for a fork --------------------------------------------------------------------------- */
 
+/* False: there is nothing to read (and what had to wait for events has been tried again). */
+static bool serve_one(void)
+{
+    struct uffd_msg m;
+    int r = read_one(&m);
+    if (r == 1)
+        fault(&m);
+    if (r < 0 && reader.retries > 0)
+        try_again();
+    return r >= 0;
+}
+
 /* The child's books are a copy of ours, taken page by page while the fork goes on: nothing may change in them
  * meanwhile.  But the forking thread may wait for a page, or for a lock of libc's whose holder waits for one: only
  * while it sleeps, which it does not in the system call, others are served. */
 static void stand_still(void)
 {
-    struct uffd_msg m;
     __atomic_store_n(&fm.held, 1, __ATOMIC_SEQ_CST);
     fm_futex_wake(&fm.held, 1);
     while (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0) {
         fm_futex_wait(&fm.hold, 1, HOLD_LOOK_NS);
-        int r = 0;
-        for (uint32_t k = 0; k < HOLD_READS && r >= 0 && __atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0 && fm_fork_sleeps(); k++) {
-            r = read_one(&m);
-            if (r == 1)
-                fault(&m);
-            if (r < 0 && reader.retries > 0)
-                try_again();
-        }
+        for (uint32_t k = 0; k < HOLD_READS && __atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0 && fm_fork_sleeps(); k++)
+            if (!serve_one())
+                break;
     }
     __atomic_store_n(&fm.held, 0, __ATOMIC_SEQ_CST);
 }

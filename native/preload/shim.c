@@ -183,8 +183,8 @@ EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t 
     return (int)libc_result(fm_sys(SYS_setsockopt, fd, level, name, value, bytes));
 }
 
-/* syscall() must be libc's to the last instruction: a program may fork, or start a thread on a new stack, through it, and then
- * it returns twice, or without a frame of ours.  So: no frame, unless it is one of the two calls that matter. */
+/* syscall() must be libc's to the last instruction: a program may fork, or start a thread on a new stack, through it, and
+ * then it returns twice, or without a frame of ours.  So: no frame, unless it is one of the two calls that matter. */
 __attribute__((used)) static long fm_syscall_failed(long r)
 {
     errno = (int)-r;

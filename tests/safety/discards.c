@@ -132,6 +132,8 @@ static void drop_lazily(size_t first, size_t count, uint32_t generation)
     for (size_t i = 0; i < count; i++)
         keep_after_free(first + i, generation, &old[i]);
     atomic_fetch_add(&freed, count);
+    if (must_evict)
+        pause_us(2500000);    /* the engine lets a freed page leave only when its zap, if one is due, must be over */
     atomic_fetch_add(&away_after_free, rest(first, count, must_evict ? 4 : 1));
     for (size_t i = 0; i < count; i++) {
         keep_after_free(first + i, generation, &again);

@@ -31,14 +31,14 @@ def test_discards_racing_faults(how: str, evict: str | None) -> None:
 
 def test_memory_freed_lazily_is_evicted_again() -> None:
     """A page that was discarded and then written must not be forgotten: it is evictable."""
-    run_case("discards free 10 evict")
+    run_case("discards free 4 evict")
 
 
 @pytest.mark.parametrize(
     ("case", "defect"),
     [
         ("discards dontneed", "ignore_remove"),
-        ("discards free 10 evict", "remove_is_fresh"),
+        ("discards free 4 evict", "remove_is_fresh"),
         ("unmap_reuse", "ignore_unmap"),
         ("remap move", "ignore_remap"),
         ("remap fixed", "ignore_remap"),
