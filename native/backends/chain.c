@@ -17,7 +17,7 @@ static bool open_nothing(struct fm_backend *b)
 
 static void submit_down(struct fm_backend *b, struct fm_io *io) { b->next->submit(b->next, io); }
 
-static void ended_up(struct fm_backend *b, struct fm_io *io)
+void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io)
 {
     if (b->up != NULL)
         b->up->ended(b->up, io);
@@ -37,7 +37,7 @@ static void fm_backend_defaults(struct fm_backend *b)
     fm_assert(b->submit != NULL || b->next != NULL);
     b->open = b->open != NULL ? b->open : open_nothing;
     b->submit = b->submit != NULL ? b->submit : submit_down;
-    b->ended = b->ended != NULL ? b->ended : ended_up;
+    b->ended = b->ended != NULL ? b->ended : fm_backend_ended_up;
     b->trim = b->trim != NULL ? b->trim : trim_down;
 }
 

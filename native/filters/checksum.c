@@ -27,10 +27,7 @@ static void checksum_ended(struct fm_backend *b, struct fm_io *io)
     for (uint32_t k = 0; io->kind == FM_IO_FETCH && io->status == 0 && k < io->n; k++)
         if (b->chain->ledger->checksum[io->slot + k] != sum(b, io, k))
             io->status = EILSEQ;
-    if (b->up != NULL)
-        b->up->ended(b->up, io);
-    else
-        b->chain->done(io);
+    fm_backend_ended_up(b, io);
 }
 
 const struct fm_backend fm_filter_checksum = {

@@ -55,10 +55,7 @@ static void error_ended(struct fm_backend *b, struct fm_io *io)
         uint64_t at = draw(b) % ((uint64_t)io->n * FM_PAGE_BYTES);
         fm_io_bytes(b, io)[at] ^= (char)(1u << (draw(b) % 8));
     }
-    if (b->up != NULL)
-        b->up->ended(b->up, io);
-    else
-        b->chain->done(io);
+    fm_backend_ended_up(b, io);
 }
 
 const struct fm_backend fm_filter_error = {

@@ -14,10 +14,7 @@ static void stats_ended(struct fm_backend *b, struct fm_io *io)
 {
     fm_add(b->chain->count->pool_requests, 1);
     fm_add(b->chain->count->pool_wait_ns, fm_now_ns() - io->begun_ns);
-    if (b->up != NULL)
-        b->up->ended(b->up, io);
-    else
-        b->chain->done(io);
+    fm_backend_ended_up(b, io);
 }
 
 const struct fm_backend fm_filter_stats = {

@@ -47,6 +47,9 @@ struct fm_backend {
 /* Builds the chain that the control segment describes, outermost filter first.  NULL: one of them can't be opened. */
 struct fm_backend *fm_chain_open(struct fm_chain *chain, const struct fm_control *control);
 
+/* The default of ended(), for filters that have looked at the transfer and pass it on. */
+void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io);
+
 extern const struct fm_backend fm_backend_mem, fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
 
 static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)
