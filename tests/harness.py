@@ -444,7 +444,7 @@ def assert_defect_noticed(
     *,
     local: str,
     timeout: float = 30,
-    attempts: int = 3,
+    attempts: int = 10,
     **options: Any,
 ) -> Result:
     """With its fix taken out the program must fail: by a wrong byte, a death or a hang.

@@ -35,7 +35,7 @@ void fm_state_set(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_sta
     int64_t remote = (s == FM_REMOTE) - (b->state[i] == FM_REMOTE);
     if (remote != 0)
         __atomic_add_fetch(&c->remote_pages, remote, __ATOMIC_RELAXED);
-    b->state[i] = (uint8_t)s;
+    __atomic_store_n(&b->state[i], (uint8_t)s, __ATOMIC_RELAXED);    /* fm_core_fault() guesses from it without a lock */
 }
 
 static void wake_if_waiting(struct fm_core *c, struct fm_block *b, uint32_t i)

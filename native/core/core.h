@@ -292,6 +292,15 @@ void fm_block_free(struct fm_core *c, struct fm_block *b);          /* events on
 void fm_block_enter(struct fm_core *c, struct fm_block *b);
 void fm_block_leave(struct fm_core *c, struct fm_block *b);
 
+/* For a look without the lock that guards what is looked at: a hint, to be verified inside.  The thread sanitizer is
+ * told that this is meant. */
+#define FM_UNLOCKED_LOOK __attribute__((noinline, no_sanitize("thread")))
+uint64_t fm_owner_unlocked(const struct fm_frame *fr);
+static inline uint32_t fm_frames_of(const struct fm_core *c, enum fm_frame_kind kind)
+{
+    return __atomic_load_n(&c->kind_n[kind], __ATOMIC_RELAXED);
+}
+
 uint32_t fm_frames_take(struct fm_core *c, enum fm_frame_kind kind, uint32_t want, uint32_t *first);
 void fm_frames_put(struct fm_core *c, uint32_t first, uint32_t n, enum fm_frame_kind kind);
 void fm_frame_stage(struct fm_core *c, uint32_t f);
@@ -300,6 +309,7 @@ uint32_t fm_frame_oldest(struct fm_core *c);               /* of the staged; sti
 
 void fm_queue_push(struct fm_core *c, uint64_t page, uint32_t n);
 bool fm_queue_pop(struct fm_core *c, uint64_t *page, uint32_t *n);
+uint64_t fm_queue_entries(struct fm_core *c);
 void fm_queue_unpop(struct fm_core *c, uint64_t page, uint32_t n);
 
 /* The window for a fault on page: how many pages from it on (>= 1). */

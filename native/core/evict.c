@@ -504,16 +504,22 @@ static void run_drops(struct fm_core *c)
     }
 }
 
+/* Only a hint, without a lock: the caller looks again inside the block. */
+FM_UNLOCKED_LOOK static bool seems_stuck(const struct fm_frame *fr)
+{
+    return fr->kind == FM_FRAME_BUSY && fr->dirty && fr->io == 0 && !fr->copied;
+}
+
 /* Pages that are the only copy and could neither be stored nor put back at the time. */
 static void put_back_dirty(struct fm_core *c)
 {
     for (uint32_t f = 0; f < c->frames_n; f++) {
         struct fm_frame *fr = &c->frame[f];
         enum fm_res r;
-        if (fr->kind != FM_FRAME_BUSY || !fr->dirty || fr->io != 0 || fr->copied)
+        if (!seems_stuck(fr))
             continue;
         c->ops->enter(c->ctx);
-        struct fm_block *b = fm_block_of_owner(c, fr->page);
+        struct fm_block *b = fm_block_of_owner(c, fm_owner_unlocked(fr));
         if (b != NULL && !fm_in_limbo(b)) {
             fm_lock_take(&b->lock);
             uint32_t i = (uint32_t)(fr->page - b->page);
@@ -528,7 +534,7 @@ static void put_back_dirty(struct fm_core *c)
 
 static bool more_frames(const struct fm_core *c)
 {
-    return c->kind_n[FM_FRAME_EMPTY] > 0 || (copying(c) && c->kind_n[FM_FRAME_FREE] > 0);
+    return fm_frames_of(c, FM_FRAME_EMPTY) > 0 || (copying(c) && fm_frames_of(c, FM_FRAME_FREE) > 0);
 }
 
 enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
@@ -536,7 +542,7 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
     struct batch batch = { .n = 0 };
     struct run run = { .page = 0 };
     enum step s = STEP_OK;
-    uint64_t tries = c->queue_tail - c->queue_head + 1, out = 0;
+    uint64_t tries = fm_queue_entries(c) + 1, out = 0;
     put_back_dirty(c);
     run_drops(c);
     while (out + batch.n < n && s == STEP_OK && tries-- > 0 && fm_queue_pop(c, &run.page, &run.n)) {

@@ -31,11 +31,14 @@ static void set_kind(struct fm_core *c, uint32_t first, uint32_t n, enum fm_fram
             c->bits[was][f / 64] &= ~(1ull << (f % 64));
         if (has_bits(kind))
             c->bits[kind][f / 64] |= 1ull << (f % 64);
-        c->kind_n[was]--;
-        c->kind_n[kind]++;
+        /* Atomic for those who look without the lock, to decide whether it is worth taking. */
+        __atomic_store_n(&c->kind_n[was], c->kind_n[was] - 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&c->kind_n[kind], c->kind_n[kind] + 1, __ATOMIC_RELAXED);
         c->frame[f].kind = (uint8_t)kind;
     }
 }
+
+FM_UNLOCKED_LOOK uint64_t fm_owner_unlocked(const struct fm_frame *fr) { return fr->page; }
 
 uint32_t fm_frames_take(struct fm_core *c, enum fm_frame_kind kind, uint32_t want, uint32_t *first)
 {

@@ -55,6 +55,14 @@ bool fm_queue_pop(struct fm_core *c, uint64_t *page, uint32_t *n)
     return some;
 }
 
+uint64_t fm_queue_entries(struct fm_core *c)
+{
+    fm_lock_take(&c->queue_lock);
+    uint64_t n = c->queue_tail - c->queue_head;
+    fm_lock_drop(&c->queue_lock);
+    return n;
+}
+
 void fm_queue_unpop(struct fm_core *c, uint64_t page, uint32_t n)
 {
     fm_assert(n > 0 && n <= RUN_MAX);

@@ -13,7 +13,7 @@ uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
     uint32_t made = 0, tries = c->frames_n, f;
     while (made < n && tries-- > 0 && (f = fm_frame_oldest(c)) != FM_FRAME_NONE) {
         c->ops->enter(c->ctx);
-        struct fm_block *b = fm_block_of_owner(c, __atomic_load_n(&c->frame[f].page, __ATOMIC_RELAXED));
+        struct fm_block *b = fm_block_of_owner(c, fm_owner_unlocked(&c->frame[f]));
         if (b != NULL) {
             fm_lock_take(&b->lock);
             uint32_t i = (uint32_t)(c->frame[f].page - b->page);

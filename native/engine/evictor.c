@@ -83,17 +83,17 @@ static bool step(struct fm_core *c)
     int64_t room = __atomic_load_n(&c->limit_pages, __ATOMIC_RELAXED) - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
     bool copying = !c->can_move || c->evict_mode == FM_EVICT_COPY;
     bool did = false;
-    if (c->kind_n[FM_FRAME_DEAD] > 0)
-        did = fm_core_shrink(c, c->kind_n[FM_FRAME_DEAD]) > 0;
+    if (fm_frames_of(c, FM_FRAME_DEAD) > 0)
+        did = fm_core_shrink(c, fm_frames_of(c, FM_FRAME_DEAD)) > 0;
     if (__atomic_load_n(&c->drops_n, __ATOMIC_ACQUIRE) > 0)
         fm_core_evict(c, 0);
     if (room >= (int64_t)FM_FRAMES)
         return did;
-    if (copying ? room < (int64_t)FM_FRAMES / 2 : c->kind_n[FM_FRAME_EMPTY] >= empty_enough(c, room))
+    if (copying ? room < (int64_t)FM_FRAMES / 2 : fm_frames_of(c, FM_FRAME_EMPTY) >= empty_enough(c, room))
         did |= evict(c);
     if (room < 0)
         did |= fm_core_shrink(c, -room < (int64_t)BATCH ? (uint32_t)-room : BATCH) > 0;
-    else if (c->frames_shared && (room < (int64_t)BATCH || c->kind_n[FM_FRAME_EMPTY] < BATCH))
+    else if (c->frames_shared && (room < (int64_t)BATCH || fm_frames_of(c, FM_FRAME_EMPTY) < BATCH))
         did |= fm_core_shrink(c, BATCH) > 0;
     return did;
 }

@@ -101,7 +101,7 @@ static void resolve(uint64_t page, uint32_t bits, uint64_t since_ns)
     }
     fm_add(fm.proc->counters.stall_ns, fm_now_ns() - since_ns);
     struct fm_core *c = &fm.core;
-    if (c->kind_n[FM_FRAME_EMPTY] >= FM_FRAMES / 8 || c->local_pages > c->limit_pages)
+    if (fm_frames_of(c, FM_FRAME_EMPTY) >= FM_FRAMES / 8 || c->local_pages > c->limit_pages)
         fm_evictor_ring();
 }
 

@@ -41,7 +41,7 @@ def test_death_while_writing_missing_pages(sink: str, how: str) -> None:
 def test_death_while_writing_notices(sink: str) -> None:
     """Seen here without the duplicate: zeros in 15 of 200 deaths (pipe), 70 of 200 (socket)."""
     command = [str(compile_c("death_writes")), sink, "kill", "60"]
-    assert_defect_noticed(command, "no_duplicate", local=LOCAL, timeout=90, attempts=3)
+    assert_defect_noticed(command, "no_duplicate", local=LOCAL, timeout=90)
 
 
 @pytest.mark.parametrize("how", ["exit", "exec"])

@@ -43,7 +43,6 @@ def test_memory_freed_lazily_is_evicted_again() -> None:
         ("remap move", "ignore_remap"),
         ("remap fixed", "ignore_remap"),
         ("remap dontunmap", "ignore_remap"),
-        ("remap storm", "ignore_remap"),
         ("protect", "skip_store"),
     ],
 )

@@ -46,7 +46,7 @@ def test_direct_io_in_flight() -> None:
 
 def test_direct_io_in_flight_notices() -> None:
     command = [str(compile_c("direct_io")), str(free_space_folder()), "120"]
-    assert_defect_noticed(command, "copy_pinned", local=LOCAL, attempts=5)
+    assert_defect_noticed(command, "copy_pinned", local=LOCAL)
 
 
 def test_process_vm_writev() -> None:
@@ -56,4 +56,4 @@ def test_process_vm_writev() -> None:
 
 
 def test_process_vm_writev_notices() -> None:
-    assert_defect_noticed([compile_c("vm_writev"), "40"], "copy_pinned", local=LOCAL, attempts=5)
+    assert_defect_noticed([compile_c("vm_writev"), "40"], "copy_pinned", local=LOCAL)
