@@ -109,7 +109,6 @@ extern struct fm_engine fm;
 
 /* threads.c */
 bool fm_thread_start(void (*run)(void *), void *arg);
-bool fm_thread_start_fn(void (*run)(void *), void *arg);   /* for struct fm_chain */
 void *fm_heap_take(uint64_t bytes);                        /* zeroed, page-aligned; NULL: none left */
 void fm_heap_give(void *p, uint64_t bytes);
 bool fm_heap_open(void);

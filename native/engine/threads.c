@@ -106,8 +106,6 @@ bool fm_thread_start(void (*run)(void *), void *arg)
     return r > 0;
 }
 
-bool fm_thread_start_fn(void (*run)(void *), void *arg) { return fm_thread_start(run, arg); }
-
 /* In the child of a fork none of the parent's threads exist, and their stacks may be used again. */
 void fm_threads_reset(void) { fm.threads = 0; }
 

@@ -7,19 +7,17 @@ the clean run are new each time and are printed; one that fails goes, with its s
 native/tests/sim_seeds.txt, which is replayed first.
 """
 
-import os
 import re
 import secrets
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.native_build import build_native
+
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "native"
 NATIVE = ROOT / "native" / "tests"
-BUILD_SECONDS = 900
 LIMIT_SECONDS = 1800
 STEPS_LEAST = 10_000_000
 DEFECT_SEEDS = 1000
@@ -38,24 +36,7 @@ pytestmark = pytest.mark.sim
 @pytest.fixture(scope="module")
 def simulator() -> Path:
     """The built farmem-sim."""
-    path = f"{ROOT}/.venv/bin:{os.environ['PATH']}"
-    cmake = shutil.which("cmake", path=path)
-    assert cmake, "cmake is missing: run tools/setup.sh build"
-    options = ["-DFARMEM_TESTS=ON", "-DFARMEM_PYTHON=OFF", "-DFARMEM_LIBRARY=OFF"]
-    for command in (
-        [cmake, "-S", ROOT, "-B", BUILD, *options],
-        [cmake, "--build", BUILD, "--target", "sim", "-j", "2"],
-    ):
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=BUILD_SECONDS,
-            env={"PATH": path},
-        )
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return BUILD / "farmem-sim"
+    return build_native("sim") / "farmem-sim"
 
 
 def run(simulator: Path, *args: str) -> subprocess.CompletedProcess[str]:
