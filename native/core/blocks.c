@@ -36,12 +36,13 @@ static struct fm_block *block_make(struct fm_core *c, uint64_t page)
     }
     b->page = page - page % FM_BLOCK_PAGES;
     b->extent = FM_EXTENT_NONE;
+    bool hull = b->page < c->hull_end && b->page + FM_BLOCK_PAGES > c->hull_first;
+    uint16_t discarded = fm_defect(c, SKIP_ZAPPING) ? FM_DISCARDED : FM_DISCARDED | FM_ZAPPING;
     for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++) {
         b->slot[i] = FM_SLOT_NONE;
         b->frame[i] = FM_FRAME_NONE;
+        b->flags[i] = hull ? discarded : 0;
     }
-    if (b->page < c->hull_end && b->page + FM_BLOCK_PAGES > c->hull_first)
-        __builtin_memset(b->flags, fm_defect(c, SKIP_ZAPPING) ? FM_DISCARDED : FM_DISCARDED | FM_ZAPPING, sizeof b->flags);
     b->zap_turn = __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE);
     return b;
 }

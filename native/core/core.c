@@ -42,7 +42,7 @@ static void wake_if_waiting(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     if ((b->flags[i] & FM_WAITING) == 0)
         return;
-    b->flags[i] &= (uint8_t)~FM_WAITING;
+    b->flags[i] &= (uint16_t)~FM_WAITING;
     if (!fm_in_limbo(b))
         c->ops->wake(c->ctx, b->page + i, 1);
 }
@@ -52,7 +52,7 @@ void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
     uint32_t run = 0;
     for (uint32_t k = i; k < i + n; k++) {
         fm_state_set(c, b, k, FM_RESIDENT);
-        b->flags[k] &= (uint8_t)~(FM_WAITING | FM_MARKER);
+        b->flags[k] &= (uint16_t)~(FM_WAITING | FM_MARKER);
         bool queued = (b->flags[k] & FM_QUEUED) != 0;
         b->flags[k] |= FM_QUEUED;
         if (!queued)
@@ -68,7 +68,7 @@ void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
 void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     uint32_t slot = b->slot[i], f = b->frame[i];
-    b->flags[i] &= (uint8_t)~FM_HASHED;
+    b->flags[i] &= (uint16_t)~FM_HASHED;
     if (slot == FM_SLOT_NONE)
         return;
     b->slot[i] = FM_SLOT_NONE;
@@ -82,11 +82,11 @@ void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     fm_slot_detach(c, b, i);
     fm_state_set(c, b, i, FM_FRESH);
-    b->flags[i] &= (uint8_t)~FM_ZAPPING;
+    b->flags[i] &= (uint16_t)~(FM_ZAPPING | FM_FOUND);
     fm_charge(c, -1);
 }
 
-void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint8_t keep)
+void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep)
 {
     uint32_t f = b->frame[i];
     uint8_t state = b->state[i];
@@ -109,7 +109,7 @@ void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint8_t k
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     fm_state_set(c, b, i, FM_LOST);
-    b->flags[i] &= (uint8_t)~(FM_WAITING | FM_MARKER);
+    b->flags[i] &= (uint16_t)~(FM_WAITING | FM_MARKER);
     fm_add(c->count->pages_lost, 1);
     c->ops->message(c->ctx, FM_LEVEL_ERROR, "page lost: its bytes can't be had from the pool; touching it is SIGBUS; address",
                     (b->page + i) * FM_PAGE_BYTES);
@@ -128,7 +128,7 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
         *res = c->ops->copy_in(c->ctx, b->page + i + moved, frame + moved, n - moved, &copied);
     for (uint32_t k = 0; k < moved + copied; k++) {
         b->frame[i + k] = FM_FRAME_NONE;
-        b->flags[i + k] &= (uint8_t)~FM_ZAPPING;
+        b->flags[i + k] &= (uint16_t)~(FM_ZAPPING | FM_FOUND);
     }
     if (moved > 0)
         fm_frames_put(c, frame, moved, FM_FRAME_EMPTY);
@@ -379,7 +379,7 @@ static void found_in_block(struct fm_core *c, struct fm_block *b, uint32_t i, ui
     for (uint32_t k = i; k <= i + n; k++) {
         bool fresh = k < i + n && b->state[k] == FM_FRESH && (there[(k - i) / 64] >> ((k - i) % 64) & 1) != 0;
         if (fresh)
-            b->flags[k] |= FM_DISCARDED;     /* it may have been freed (MADV_FREE) before we looked on */
+            b->flags[k] |= FM_FOUND;
         if (!fresh && run > 0) {
             fm_charge(c, run);
             fm_page_resident(c, b, k - run, run);
@@ -432,7 +432,7 @@ void fm_core_recount(struct fm_core *c, uint64_t page, uint64_t n)
             fm_lock_take(&b->lock);
             c->ops->present(c->ctx, page, k, bits);
             for (uint32_t j = 0; j < k; j++)
-                if (b->state[i + j] == FM_RESIDENT && (b->flags[i + j] & FM_DISCARDED) != 0 &&
+                if (b->state[i + j] == FM_RESIDENT && fm_missing_means_zeros(b, i + j) &&
                     (bits[j / 64] >> (j % 64) & 1) == 0)
                     fm_page_gone(c, b, i + j);
             fm_lock_drop(&b->lock);

@@ -53,7 +53,9 @@ enum fm_flag_bits {
                            * now, the zap would miss it and the old bytes would come back */
     FM_KEEP = 32,         /* never evict: thread control block, TLS, locked */
     FM_MARKER = 64,       /* staged at the end of a window: touching it starts the next */
-    FM_DROPPING = 128     /* our own drop is under way: its REMOVE event is not the program's */
+    FM_DROPPING = 128,    /* our own drop is under way: its REMOVE event is not the program's */
+    FM_FOUND = 256        /* was there at adoption and has not left since: it may have been freed (MADV_FREE) before
+                           * we looked on, so missing means zeros */
 };
 
 /* 32 bytes of engine memory for each managed page, rounded up: 16 KiB a block. */
@@ -65,7 +67,7 @@ struct fm_block {
     uint32_t zap_turn;                /* fm_core.zap_turn when a page here was last marked FM_ZAPPING */
     uint64_t limbo_mask[FM_BLOCK_PAGES / 64];
     uint8_t state[FM_BLOCK_PAGES];
-    uint8_t flags[FM_BLOCK_PAGES];
+    uint16_t flags[FM_BLOCK_PAGES];
     uint32_t slot[FM_BLOCK_PAGES];
     uint32_t frame[FM_BLOCK_PAGES];
     uint64_t hash[FM_BLOCK_PAGES][2];
@@ -325,7 +327,7 @@ void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A page that counts as local turned out to be missing, and that means zeros. */
 void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* Forget all about a page: its slot, its frame; FRESH.  Flags in keep survive. */
-void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint8_t keep);
+void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep);
 void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* Put n pages from frames back into the program, as resident; how many; *res says why it stopped. */
 uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t frame, uint32_t n, enum fm_res *res);
@@ -335,6 +337,11 @@ void fm_unprotect(struct fm_core *c, struct fm_block *b, uint32_t i);
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A run of frames with memory behind them, in hand: free ones, or made, or reclaimed.  How many (0: none now). */
 uint32_t fm_frames_for_fetch(struct fm_core *c, uint32_t want, uint32_t *first);
+/* ... and if such a page is missing otherwise, it's our bug. */
+static inline bool fm_missing_means_zeros(const struct fm_block *b, uint32_t i)
+{
+    return (b->flags[i] & (FM_DISCARDED | FM_FOUND)) != 0;
+}
 static inline bool fm_in_limbo(const struct fm_block *b) { return (b->page & FM_LIMBO_BIT) != 0; }
 
 #define fm_defect(c, name) (__builtin_expect(((c)->defects & FM_DEFECT_##name) != 0, 0))

@@ -52,11 +52,11 @@ void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i)
 
 static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
-    uint8_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED | FM_ZAPPING;
+    uint16_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED | FM_ZAPPING;
     if ((b->flags[i] & FM_DROPPING) != 0) {
         /* One event is our own drop's.  Should the program discard the page at the same time there are two, and it does
          * not matter which is taken for which. */
-        b->flags[i] &= (uint8_t)~FM_DROPPING;
+        b->flags[i] &= (uint16_t)~FM_DROPPING;
         return;
     }
     fm_page_discarded(c, b, i);
@@ -66,7 +66,7 @@ static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
     case FM_RESIDENT:
         if (fm_defect(c, REMOVE_IS_FRESH)) {
             fm_state_set(c, b, i, FM_FRESH);
-            b->flags[i] &= (uint8_t)~FM_DISCARDED;
+            b->flags[i] &= (uint16_t)~FM_DISCARDED;
             fm_charge(c, -1);
         }
         break;
@@ -159,7 +159,7 @@ static void settle_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, b
     if (there)
         fm_slot_detach(c, b, i);
     b->frame[i] = FM_FRAME_NONE;
-    b->flags[i] &= (uint8_t)~FM_DROPPING;
+    b->flags[i] &= (uint16_t)~FM_DROPPING;
     /* No slot: it was all zeros, or has been discarded meanwhile. */
     fm_state_set(c, b, i, there ? FM_RESIDENT : b->slot[i] != FM_SLOT_NONE ? FM_REMOTE : FM_FRESH);
     if (!there)
@@ -186,9 +186,9 @@ static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, uin
 /* QUEUED belongs to the address, everything else to the page. */
 static void record_move(struct fm_core *c, struct fm_block *from, uint32_t i, struct fm_block *to, uint32_t j)
 {
-    uint8_t moves = FM_DISCARDED | FM_HASHED | FM_KEEP;
+    uint16_t moves = FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP;
     to->state[j] = from->state[i];
-    to->flags[j] = (uint8_t)((to->flags[j] & FM_QUEUED) | (from->flags[i] & (moves | FM_MARKER)));
+    to->flags[j] = (uint16_t)((to->flags[j] & FM_QUEUED) | (from->flags[i] & (moves | FM_MARKER)));
     to->slot[j] = from->slot[i];
     to->frame[j] = from->frame[i];
     to->hash[j][0] = from->hash[i][0];

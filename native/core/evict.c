@@ -65,6 +65,7 @@ static void leaving(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
     for (uint32_t k = 0; k < n; k++) {
         struct fm_frame *fr = &c->frame[f + k];
         fm_state_set(c, b, i + k, FM_LEAVING);
+        b->flags[i + k] &= (uint16_t)~(copied ? 0 : FM_FOUND);
         b->frame[i + k] = f + k;
         fr->page = b->page + i + k;
         fr->copied = copied;
@@ -126,9 +127,9 @@ static void copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
     b->frame[i] = FM_FRAME_NONE;
     fm_frames_put(c, f, 1, FM_FRAME_FREE);
     c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) == 0 && (b->flags[i] & FM_DISCARDED) != 0) {
+    if ((there & 1) == 0 && fm_missing_means_zeros(b, i)) {
         fm_page_gone(c, b, i);
-        b->flags[i] &= (uint8_t)~FM_WAITING;
+        b->flags[i] &= (uint16_t)~FM_WAITING;
         c->ops->wake(c->ctx, b->page + i, 1);
         return;
     }
@@ -176,7 +177,7 @@ static void stays(struct fm_core *c, struct fm_block *b, uint32_t i)
     c->ops->present(c->ctx, b->page + i, 1, &there);
     if ((there & 1) != 0)
         to_the_back(c, b, i);
-    else if ((b->flags[i] & FM_DISCARDED) != 0)
+    else if (fm_missing_means_zeros(b, i))
         fm_page_gone(c, b, i);
 }
 
@@ -241,12 +242,12 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
             run->frames -= done;
         }
         for (uint32_t k = 0; k < done; k++)
-            b->flags[i + k] &= (uint8_t)~FM_QUEUED;
+            b->flags[i + k] &= (uint16_t)~FM_QUEUED;
         run->page += done;
         run->n -= done;
         if (done > 0 && (r == FM_OK || run->n == 0 || batch->n == BATCH_MAX))
             continue;
-        b->flags[i + done] &= (uint8_t)~FM_QUEUED;
+        b->flags[i + done] &= (uint16_t)~FM_QUEUED;
         if (evictable(c, b, i + done))
             s = refused(c, b, i + done, r, run, batch);
         else if (b->state[i + done] == FM_RESIDENT && zapping(c, b, i + done))
@@ -339,7 +340,7 @@ static void decided(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
         fm_add(c->count->faults_rescue, 1);
         return;
     }
-    b->flags[i] &= (uint8_t)~FM_WAITING;
+    b->flags[i] &= (uint16_t)~FM_WAITING;
     if (zero) {
         b->frame[i] = FM_FRAME_NONE;
         fm_frames_put(c, f, 1, FM_FRAME_FREE);
@@ -390,7 +391,7 @@ static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
         if (b->slot[i] == FM_SLOT_NONE) {
             no_slot(c, b, i, f);
         } else {
-            b->flags[i] &= (uint8_t)~FM_HASHED;
+            b->flags[i] &= (uint16_t)~FM_HASHED;
             b->hash[i][0] = h[0];
             b->hash[i][1] = h[1];
             fr->slot = b->slot[i];
@@ -459,7 +460,7 @@ static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
     c->frame[f].dropping = 0;            /* not before: a REMAP that is applied until then must know */
     uint32_t i = (uint32_t)(c->frame[f].page - b->page);
     bool event = (b->flags[i] & FM_DROPPING) == 0;
-    b->flags[i] &= (uint8_t)~FM_DROPPING;
+    b->flags[i] &= (uint16_t)~FM_DROPPING;
     if (r != FM_OK)
         c->ops->present(c->ctx, b->page + i, 1, &there);
     if ((there & 1) != 0) {
@@ -479,7 +480,7 @@ static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
         fm_charge(c, -1);
         if ((b->flags[i] & FM_WAITING) != 0)
             c->ops->wake(c->ctx, b->page + i, 1);
-        b->flags[i] &= (uint8_t)~FM_WAITING;
+        b->flags[i] &= (uint16_t)~(FM_WAITING | FM_FOUND);
     }
     fm_block_leave(c, b);
     return r == FM_OK || (there & 1) != 0 || event;

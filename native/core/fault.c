@@ -75,7 +75,7 @@ static enum fm_fault_result fault_fresh(struct fm_core *c, struct fm_block *b, u
             r = c->ops->zero(c->ctx, b->page + i, n, &done);
         fm_charge(c, (int64_t)done - n);
         for (uint32_t k = 0; k < done; k++)
-            b->flags[i + k] &= (uint8_t)~FM_ZAPPING;
+            b->flags[i + k] &= (uint16_t)~(FM_ZAPPING | FM_FOUND);
         if (done > 0)
             fm_page_resident(c, b, i, done);
     } else {
@@ -236,7 +236,7 @@ static enum fm_fault_result look(struct fm_core *c, struct fm_block *b, uint32_t
         if ((bits & FM_FAULT_PROTECTED) == 0) {
             uint64_t there;      /* looked at once: a discarded page can go between two looks */
             c->ops->present(c->ctx, b->page + i, 1, &there);
-            if ((there & 1) == 0 && (b->flags[i] & FM_DISCARDED) != 0) {
+            if ((there & 1) == 0 && fm_missing_means_zeros(b, i)) {
                 fm_page_gone(c, b, i);
                 return fault_fresh(c, b, i, bits, want, h, took);
             }

@@ -12,7 +12,7 @@
 
 static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t there)
 {
-    b->flags[i] &= FM_DISCARDED | FM_HASHED | FM_KEEP;
+    b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP;
     b->frame[i] = FM_FRAME_NONE;
     switch ((enum fm_state)b->state[i]) {
     case FM_LEAVING:
@@ -35,12 +35,12 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
             break;
         }
         fm_slot_detach(c, b, i);
-        b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
+        b->state[i] = fm_missing_means_zeros(b, i) ? FM_FRESH : FM_LOST;
         break;
     case FM_REMOTE:           /* without its slot: it was being forgotten just then */
         if (b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) == 0) {
             fm_slot_detach(c, b, i);
-            b->state[i] = (b->flags[i] & FM_DISCARDED) != 0 ? FM_FRESH : FM_LOST;
+            b->state[i] = fm_missing_means_zeros(b, i) ? FM_FRESH : FM_LOST;
         }
         break;
     default:

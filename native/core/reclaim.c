@@ -20,7 +20,7 @@ uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
             if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fm_frame_unstage(c, f)) {
                 fm_assert(b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0);
                 b->frame[i] = FM_FRAME_NONE;
-                b->flags[i] &= (uint8_t)~FM_MARKER;
+                b->flags[i] &= (uint16_t)~FM_MARKER;
                 fm_state_set(c, b, i, FM_REMOTE);
                 fm_frames_put(c, f, 1, FM_FRAME_FREE);
                 made++;

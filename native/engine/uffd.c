@@ -44,6 +44,28 @@ static enum fm_res outcome(long r, int64_t bytes, uint32_t n, uint32_t *done)
     return fm_uffd_meaning(bytes < 0 ? bytes : r);
 }
 
+static void op_wake(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    struct uffdio_range r = { addr(page), addr(n) };
+    fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WAKE, &r);
+}
+
+static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
+{
+    uint64_t entry[64];
+    (void)ctx;
+    for (uint32_t k = 0; k < n; k += 64) {
+        uint32_t m = n - k < 64 ? n - k : 64;
+        long r = fm_sys(SYS_pread64, fm.pagemap, entry, m * sizeof entry[0], (page + k) * sizeof entry[0]);
+        if (r != (long)(m * sizeof entry[0]))
+            fm_panic("the page map can't be read, and without it a page that is there looks missing", __FILE__, __LINE__);
+        bits[k / 64] = 0;
+        for (uint32_t j = 0; j < m; j++)
+            bits[k / 64] |= (uint64_t)((entry[j] >> 62) != 0) << j;   /* present, or in the host's own swap */
+    }
+}
+
 static enum fm_res op_zero(void *ctx, uint64_t page, uint32_t n, uint32_t *done)
 {
     (void)ctx;
@@ -87,23 +109,55 @@ static enum fm_res op_fill_frames(void *ctx, uint32_t frame, uint32_t n, uint32_
     return copy_zeros(frame_addr(frame), n, done);
 }
 
-static enum fm_res move(uint64_t to, uint64_t from, uint32_t n, uint64_t mode, uint32_t *done)
+/* How many of the n frames from f on are filled (or not), up to the first that is otherwise. */
+static uint32_t frames_alike(uint32_t f, uint32_t n, bool filled)
 {
-    struct fm_uffdio_move m = { .dst = to, .src = from, .len = addr(n), .mode = mode };
-    long r = fm_sys(SYS_ioctl, fm.uffd, FM_UFFDIO_MOVE, &m);
-    return outcome(r, m.move, n, done);
+    uint64_t bits[FM_BLOCK_PAGES / 64];
+    uint32_t k = 0;
+    op_present(NULL, frame_addr(f) / FM_PAGE_BYTES, n, bits);
+    while (k < n && (bits[k / 64] >> (k % 64) & 1) == filled)
+        k++;
+    return k;
+}
+
+/* Linux 6.18 can move pages, not count them, and say EEXIST: when a first try in the kernel met a page table entry that
+ * was just changing (another thread's access, madvise(MADV_COLD), DAMON), the second one's success is taken for one more
+ * failure.  So what the call says is believed only where it is confirmed: the frame is ours alone, and is filled
+ * if and only if its page is out.  The reason for stopping counts only if the first page met it. */
+static enum fm_res move(uint64_t page, uint32_t frame, uint32_t n, bool out, uint32_t *done)
+{
+    *done = 0;
+    for (;;) {
+        uint64_t program = addr(page + *done), staging = frame_addr(frame + *done);
+        struct fm_uffdio_move m = { .dst = out ? staging : program, .src = out ? program : staging,
+                                    .len = addr(n - *done), .mode = out ? FM_MOVE_DONTWAKE : 0 };
+        uint32_t said, more = 0;
+        enum fm_res r = outcome(fm_sys(SYS_ioctl, fm.uffd, FM_UFFDIO_MOVE, &m), m.move, n - *done, &said);
+        *done += said;
+        if (r == FM_OK)
+            return r;
+        if ((fm.control->defects & FM_DEFECT_BELIEVE_MOVE) == 0)
+            more = frames_alike(frame + *done, n - *done, out);
+        if (more > 0 && !out)
+            op_wake(NULL, page + *done, more);
+        *done += more;
+        if (*done == n)
+            return FM_OK;
+        if (said + more == 0)
+            return r;
+    }
 }
 
 static enum fm_res op_move_in(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done)
 {
     (void)ctx;
-    return move(addr(page), frame_addr(frame), n, 0, done);
+    return move(page, frame, n, false, done);
 }
 
 static enum fm_res op_move_out(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done)
 {
     (void)ctx;
-    return move(frame_addr(frame), addr(page), n, FM_MOVE_DONTWAKE, done);
+    return move(page, frame, n, true, done);
 }
 
 static enum fm_res op_protect(void *ctx, uint64_t page, uint32_t n, bool on)
@@ -122,26 +176,6 @@ static enum fm_res op_poison(void *ctx, uint64_t page)
         fm_panic("a lost page was touched", __FILE__, __LINE__);
     }
     return fm_uffd_meaning(fm_sys(SYS_ioctl, fm.uffd, FM_UFFDIO_POISON, &p));
-}
-
-static void op_wake(void *ctx, uint64_t page, uint32_t n)
-{
-    (void)ctx;
-    struct uffdio_range r = { addr(page), addr(n) };
-    fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WAKE, &r);
-}
-
-static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
-{
-    uint64_t entry[64];
-    (void)ctx;
-    for (uint32_t k = 0; k < n; k += 64) {
-        uint32_t m = n - k < 64 ? n - k : 64;
-        long r = fm_sys(SYS_pread64, fm.pagemap, entry, m * sizeof entry[0], (page + k) * sizeof entry[0]);
-        bits[k / 64] = 0;
-        for (uint32_t j = 0; r > 0 && j < (uint32_t)r / sizeof entry[0]; j++)
-            bits[k / 64] |= (uint64_t)((entry[j] >> 62) != 0) << j;   /* present, or in the host's own swap */
-    }
 }
 
 static void op_clear(void *ctx, uint32_t frame, uint32_t n)

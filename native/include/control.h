@@ -135,7 +135,8 @@ enum fm_defect {
     FM_DEFECT_SKIP_STORE = 8192,          /* a dirty page counts as clean */
     FM_DEFECT_NO_HASH_CHECK = 16384,      /* fetched bytes are not verified */
     FM_DEFECT_SKIP_ZAPPING = 32768,       /* a discarded page may be evicted before the kernel has zapped it */
-    FM_DEFECT_SKIP_LIMBO = 65536          /* a mapping moved onto one that is still in the books replaces it */
+    FM_DEFECT_SKIP_LIMBO = 65536,         /* a mapping moved onto one that is still in the books replaces it */
+    FM_DEFECT_BELIEVE_MOVE = 131072       /* what UFFDIO_MOVE says it did is not confirmed */
 };
 
 struct fm_control {

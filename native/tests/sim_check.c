@@ -50,7 +50,7 @@ static void check_presence(const struct fm_block *b, uint32_t i)
     if (!calm || !in_space(page) || pte_of(page)->dropping > 0)
         return;
     const struct pte *p = pte_of(page);
-    bool there = p->phys != PHYS_NONE, thrown = (b->flags[i] & FM_DISCARDED) != 0;
+    bool there = p->phys != PHYS_NONE, thrown = fm_missing_means_zeros(b, i);
     uint8_t s = b->state[i];
     sim_expect(s == FM_FRESH || (p->map != 0 && p->registered), "page %u has state %u and is not managed",
                (uint32_t)(page - AS_BASE), s);

@@ -72,11 +72,11 @@ void co_start(uint32_t id, void (*run)(uint32_t id))
 static void stuck(void)
 {
     const struct fm_core *c = S.core;
-    uint32_t state[8] = { 0 }, marked[8] = { 0 };
+    uint32_t state[8] = { 0 }, marked[9] = { 0 };
     for (const struct fm_block *b = c->blocks; b != NULL; b = b->next)
         for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++) {
             state[b->state[i]]++;
-            for (uint32_t k = 0; k < 8 && b->state[i] == FM_RESIDENT; k++)
+            for (uint32_t k = 0; k < 9 && b->state[i] == FM_RESIDENT; k++)
                 marked[k] += b->flags[i] >> k & 1;
         }
     fprintf(stderr, "local %lld of %lld, frames", (long long)c->local_pages, (long long)c->limit_pages);
@@ -86,7 +86,7 @@ static void stuck(void)
     for (uint32_t k = 0; k < 7; k++)
         fprintf(stderr, " %u", state[k]);
     fprintf(stderr, ", resident with flag");
-    for (uint32_t k = 0; k < 8; k++)
+    for (uint32_t k = 0; k < 9; k++)
         fprintf(stderr, " %u", marked[k]);
     fprintf(stderr, ", queue %llu, faults %u, events %u, changing %d, transfers %u\n",
             (unsigned long long)(c->queue_tail - c->queue_head), S.faults_n, S.events_n, S.changing, S.io_n);
