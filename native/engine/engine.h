@@ -165,6 +165,7 @@ void fm_front_thread_go_on(void);
 
 /* fork.c */
 void fm_fork_prepare(void);
+void fm_fork_prepare_libc(void);          /* ... for libc's fork(), which walks its streams in the child */
 void fm_fork_parent(void);
 void fm_fork_child(void);
 void fm_fork_stand_still(void);           /* evictor: does what fm.freeze asks for */

@@ -1,8 +1,9 @@
 /* fork.c - fork() is never silently wrong, for ordinary users too.
  *
  * Managed memory is MADV_DONTFORK, so a child that is made behind our back faults hard instead of reading zeros.  For
- * fork() the handlers of pthread_atfork lift that: the evictor stands still, everything staged is stored, the
- * child's counts on slots are taken; the child gets a userfaultfd and an engine of its own before fork() returns in it.
+ * fork() the handlers of pthread_atfork lift that (preload/raw_fork.c calls them for other ways to make a child): the
+ * evictor stands still, everything staged is stored, the child's counts on slots are taken; the child gets a userfaultfd
+ * and an engine of its own before fork() returns in it.
  * prepare, parent and child run on the program's thread, the rest on the evictor's and the child's engine threads.
  */
 #include <errno.h>
@@ -234,10 +235,16 @@ void fm_fork_prepare(void)
     fm_evictor_ring();
     while (__atomic_load_n(&fm.frozen, __ATOMIC_ACQUIRE) == 0)
         fm_futex_wait(&fm.frozen, 0, -1);
-    touch_streams();
     /* libc does not tell the parent's handler that there is no child, but leaves the reason in errno. */
     fm.fork_errno = errno;
     errno = 0;
+}
+
+void fm_fork_prepare_libc(void)
+{
+    fm_fork_prepare();
+    if (fm.state != FM_ENGINE_NONE && forking())
+        touch_streams();
 }
 
 void fm_fork_parent(void)

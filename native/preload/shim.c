@@ -1,7 +1,8 @@
 /* shim.c - how the engine gets into a program: the constructor of the preloaded library, and a few calls that it watches.
  *
  * No allocator is interposed.  pthread_create is, to learn where a new thread's control block lies; the
- * calls after which others may read a page behind our back are, to see their first use.
+ * calls after which others may read a page behind our back are, to see their first use; children that are made past
+ * fork() are in raw_fork.c.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,8 +17,8 @@
 
 #include "engine/engine.h"
 #include "fm_assert.h"
+#include "preload/preload.h"
 
-#define EXPORT __attribute__((visibility("default")))
 #define STARTS_MAX 1024u
 #ifndef SO_ZEROCOPY
 #define SO_ZEROCOPY 60
@@ -98,7 +99,7 @@ __attribute__((constructor)) static void join(int argc, char **argv, char **envi
     fm.early_defects = early_defects(word_of(environment, "FARMEM_TEST_DEFECTS"));
     fm.tls_bytes = static_tls_bytes();
     fm.state = FM_ENGINE_WATCHING;
-    if (pthread_atfork(fm_fork_prepare, fm_fork_parent, fm_fork_child) != 0 || !fm_thread_start(fm_watch_main, NULL))
+    if (pthread_atfork(fm_fork_prepare_libc, fm_fork_parent, fm_fork_child) != 0 || !fm_thread_start(fm_watch_main, NULL))
         fm.state = FM_ENGINE_NONE;
 }
 
@@ -155,100 +156,24 @@ EXPORT int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(
 
 /* Only the flag: this is the program's thread, which must hold no lock of the core's.  Frames that are free by now can
  * have no reader yet, and those that get free later are put aside by whoever frees them. */
-static void frames_are_shared(void)
+void fm_frames_are_shared(void)
 {
     if (fm.state != FM_ENGINE_NONE && (fm.core.defects & FM_DEFECT_REUSE_SHARED_FRAMES) == 0)
         __atomic_store_n(&fm.core.frames_shared, true, __ATOMIC_SEQ_CST);
 }
 
-static long libc_result(long r)
-{
-    if (r < 0 && r > -4096) {
-        errno = (int)-r;
-        return -1;
-    }
-    return r;
-}
-
 EXPORT ssize_t vmsplice(int fd, const struct iovec *iov, size_t n, unsigned flags)
 {
-    frames_are_shared();
-    return libc_result(fm_sys(SYS_vmsplice, fd, iov, n, flags));
+    fm_frames_are_shared();
+    return fm_libc_result(fm_sys(SYS_vmsplice, fd, iov, n, flags));
 }
 
 EXPORT int setsockopt(int fd, int level, int name, const void *value, socklen_t bytes)
 {
     if (level == SOL_SOCKET && name == SO_ZEROCOPY)
-        frames_are_shared();
-    return (int)libc_result(fm_sys(SYS_setsockopt, fd, level, name, value, bytes));
+        fm_frames_are_shared();
+    return (int)fm_libc_result(fm_sys(SYS_setsockopt, fd, level, name, value, bytes));
 }
-
-/* syscall() must be libc's to the last instruction: a program may fork, or start a thread on a new stack, through it, and
- * then it returns twice, or without a frame of ours.  So: no frame, unless it is one of the two calls that matter. */
-__attribute__((used)) static long fm_syscall_failed(long r)
-{
-    errno = (int)-r;
-    return -1;
-}
-
-__attribute__((used)) static void fm_syscall_shares(void) { frames_are_shared(); }
-
-__asm__(".text\n"
-        ".globl syscall\n"
-        ".type syscall, @function\n"
-        "syscall:\n"
-        ".cfi_startproc\n"
-        "endbr64\n"
-        "cmpq $278, %rdi\n"                   /* SYS_vmsplice */
-        "je 2f\n"
-        "cmpq $425, %rdi\n"                   /* SYS_io_uring_setup */
-        "je 2f\n"
-        "1: movq %rdi, %rax\n"
-        "movq %rsi, %rdi\n"
-        "movq %rdx, %rsi\n"
-        "movq %rcx, %rdx\n"
-        "movq %r8, %r10\n"
-        "movq %r9, %r8\n"
-        "movq 8(%rsp), %r9\n"
-        "syscall\n"
-        "cmpq $-4095, %rax\n"
-        "jae 3f\n"
-        "ret\n"
-        "3: movq %rax, %rdi\n"
-        "jmp fm_syscall_failed\n"
-        "2: pushq %rdi\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "pushq %rsi\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "pushq %rdx\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "pushq %rcx\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "pushq %r8\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "pushq %r9\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "subq $8, %rsp\n"
-        ".cfi_adjust_cfa_offset 8\n"
-        "call fm_syscall_shares\n"
-        "addq $8, %rsp\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %r9\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %r8\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %rcx\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %rdx\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %rsi\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "popq %rdi\n"
-        ".cfi_adjust_cfa_offset -8\n"
-        "jmp 1b\n"
-        ".cfi_endproc\n"
-        ".size syscall, .-syscall\n");
-_Static_assert(SYS_vmsplice == 278 && SYS_io_uring_setup == 425, "the numbers in syscall()");
 
 /* liburing makes its system calls itself. */
 #define WATCHED(name, type, args, names)                        \
@@ -257,7 +182,7 @@ _Static_assert(SYS_vmsplice == 278 && SYS_io_uring_setup == 425, "the numbers in
         static type (*real) args;                               \
         if (real == NULL)                                       \
             *(void **)&real = dlsym(RTLD_NEXT, #name);          \
-        frames_are_shared();                                    \
+        fm_frames_are_shared();                                    \
         return real != NULL ? real names : -ENOSYS;             \
     }
 

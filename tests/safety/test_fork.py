@@ -152,25 +152,37 @@ def test_starting_other_programs() -> None:
     assert_paged(result.stats, 1000, 1000)
 
 
-def test_raw_clone_is_right_or_dies() -> None:
-    result = run_farmem([compile_c("rawfork")], local=LOCAL)
+PAST_FORK = ["_Fork", "clone", "syscall-fork", "syscall-clone", "syscall-clone3"]
+
+
+@pytest.mark.parametrize("way", PAST_FORK)
+def test_children_made_past_fork(way: str) -> None:
+    result = run_farmem([compile_c("rawfork"), way], local=LOCAL)
     assert_ok(result)
     assert_paged(result.stats, 1000, 1000)
 
 
 @pytest.mark.root
-def test_raw_clone_is_right_or_dies_as_ordinary_user(
-    group_of_device: list[int], public_folder: Path
+@pytest.mark.parametrize("way", [*PAST_FORK, "inline"])
+def test_children_made_past_fork_as_ordinary_user(
+    way: str, group_of_device: list[int], public_folder: Path
 ) -> None:
     program = public_copy(compile_c("rawfork"), public_folder)
     result = run_farmem(
-        [program], local=LOCAL, user="nobody", groups=group_of_device, cwd=public_folder
+        [program, way], local=LOCAL, user="nobody", groups=group_of_device, cwd=public_folder
     )
     assert_ok(result)
 
 
-def test_raw_clone_notices() -> None:
-    assert_defect_noticed([compile_c("rawfork")], "ignore_fork", local=LOCAL)
+def test_a_child_by_an_instruction_is_right_or_dies() -> None:
+    result = run_farmem([compile_c("rawfork"), "inline"], local=LOCAL)
+    assert_ok(result)
+    assert_paged(result.stats, 1000, 1000)
+
+
+@pytest.mark.parametrize("way", ["_Fork", "inline"])
+def test_children_made_past_fork_notice(way: str) -> None:
+    assert_defect_noticed([compile_c("rawfork"), way], "ignore_fork", local=LOCAL)
 
 
 def test_a_shell_pipeline_of_forks() -> None:

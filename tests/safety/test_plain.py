@@ -20,7 +20,8 @@ CASES = [
     "discards free", "unmap_reuse", "remap grow", "remap move", "remap fixed", "remap dontunmap",
     "remap storm", "closefrom range early", "closefrom loop late", "closefrom dup2 late",
     "death_writes pipe exit 3", "death_writes socket kill 3", "forks child", "forks double",
-    "forks grand", "forks many 40", "forks malloc", "forks thread", "spawns", "rawfork",
+    "forks grand", "forks many 40", "forks malloc", "forks thread", "spawns",
+    "rawfork _Fork", "rawfork clone", "rawfork syscall-clone3", "rawfork inline",
     "thread_exit", "signals", "vmsplice pipe", "vmsplice zerocopy", "protect", "blocked_end exit",
     "blocked_end exec", "lost",
 ]  # fmt: skip
