@@ -38,8 +38,15 @@ class Slots:
         """A free slot for a process; None: the ledger is full."""
         for slot in range(lib.FM_PROCS_MAX):
             if self._bind(slot, lib.FM_PROC_FREE, pid):
+                self._raise_high(slot + 1)
                 return slot
         return None
+
+    def _raise_high(self, count: int) -> None:
+        """Engines look at no slot beyond the highest that was ever used; they raise it as well."""
+        high: Any = ffi.addressof(self._control, "procs_high")
+        while high[0] < count and not lib.fm_word_swap(high, high[0], count):
+            pass
 
     def take_reserved(self, slot: int, pid: int) -> bool:
         """The slot that a parent reserved for this child; False: it is not reserved (any more)."""

@@ -6,7 +6,8 @@
  *
  *   threads.c   raw threads, futexes, the engine's memory     wire.c    the job's socket
  *   uffd.c      the core's operations on the real kernel      adopt.c   which mappings are managed
- *   watch.c     the watcher: budget, adoption, new mappings   evictor.c the evictor's thread
+ *   watch.c     the watcher: adoption, new mappings           evictor.c the evictor's thread
+ *   budget.c    this process's memory and its share
  *   fork.c      fork: freeze, child                           say.c     messages
  *   tcbs.c      where threads' control blocks lie
  *   ../fronts/thread.c  the thread that reads the userfaultfd
@@ -58,7 +59,7 @@ struct fm_engine {
     uint32_t state;                    /* enum fm_engine_state */
     uint32_t pid;
     uint32_t slot;
-    int sock, statm, maps, pagemap, mem, tasks, uffd;    /* in the engine's descriptor table */
+    int sock, statm, maps, pagemap, mem, tasks, rollup, uffd;    /* in the engine's descriptor table */
     struct fm_control *control;
     struct fm_proc *proc;
     void *ledger_base;
@@ -101,6 +102,7 @@ struct fm_engine {
     uint32_t discards_n;
     struct fm_range discards[64];
     uint32_t threads;
+    uint32_t shares_memory;            /* since a fork, with a parent or a child */
     bool keeper;
     bool gave_up;                      /* memory is short and can't be managed; said once */
 };
@@ -152,6 +154,17 @@ void fm_tcbs_reset(void);
 void fm_watch_main(void *arg);
 void fm_watch_loop(void);
 bool fm_descriptors_open(void);
+
+/* budget.c */
+struct fm_usage {
+    int64_t anonymous_pages;           /* here, as the kernel counts them for this process alone */
+    int64_t local_pages;               /* ... less the part that other processes of the job count */
+};
+struct fm_usage fm_usage(void);
+void fm_usage_reset(void);
+/* This process's part of the job's budget: all that the others leave while all fits, by need when it does not.  mine:
+ * what it needs, here and in the pool. */
+uint64_t fm_budget_share(uint64_t mine);
 
 /* evictor.c */
 void fm_evictor_main(void *arg);

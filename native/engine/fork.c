@@ -36,6 +36,13 @@ static bool anything_in_hand(struct fm_core *c)
     return c->limbo != NULL || c->debts.n != 0;
 }
 
+static void raise_high(uint32_t n)
+{
+    uint32_t *high = &fm.control->procs_high, was = __atomic_load_n(high, __ATOMIC_ACQUIRE);
+    while (was < n && !__atomic_compare_exchange_n(high, &was, n, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        continue;
+}
+
 static uint32_t reserve_slot(void)
 {
     for (uint32_t k = 0; k < FM_PROCS_MAX; k++) {
@@ -43,6 +50,7 @@ static uint32_t reserve_slot(void)
         uint32_t is_free = FM_PROC_FREE;
         if (!__atomic_compare_exchange_n(&p->state, &is_free, FM_PROC_FORKING, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
             continue;
+        raise_high(k + 1);
         p->pid = 0;
         p->parent_slot = fm.slot;
         p->fork_verdict = FM_VERDICT_NONE;
@@ -252,6 +260,7 @@ void fm_fork_parent(void)
     uint64_t mask = fm.fork_signals;
     if (fm.state == FM_ENGINE_NONE)
         return;
+    __atomic_store_n(&fm.shares_memory, 1, __ATOMIC_RELAXED);
     if (forking()) {
         /* Anything else was left behind by somebody's handler. */
         fm.fork_failed = errno == EAGAIN || errno == ENOMEM || errno == EPERM || errno == ENOSYS;
@@ -313,6 +322,7 @@ static void child_main(void *arg)
               parent_says_go() && settle_unmapped();
     __atomic_store_n(&fm.child_ready, ok ? 1 : 2, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.child_ready, 1);
+    fm_usage_reset();
     if (ok)
         fm_watch_loop();
 }
@@ -346,6 +356,7 @@ void fm_fork_child(void)
     bool managed = forking();
     uint64_t mask = fm.fork_signals;
     reset_locks();
+    fm.shares_memory = 1;
     fm.pid = (uint32_t)getpid();
     if (!managed) {
         if (fm.state == FM_ENGINE_WATCHING)

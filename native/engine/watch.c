@@ -1,7 +1,7 @@
 /* watch.c - the watcher: the engine's first thread, and while memory is not short its only one.
  *
  * It looks at the process's anonymous memory now and then (the nearer the budget, the oftener), adopts when the
- * budget nears, and from then on turns the budget into the core's limit and takes in new mappings.
+ * budget nears, and from then on turns the budget (budget.c) into the core's limit and takes in new mappings.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -14,74 +14,17 @@
 #define FILL_BYTES_PER_NS 2ull          /* how fast a program may grow: decides when to look again */
 #define LOOK_MIN_NS 300000ull
 #define LOOK_MAX_NS 10000000ull
-#define SHARE_MIN_BYTES (8 * MIB)
-#define LEDGER_LOOK_NS 16000000ull
 /* After a discard's event has been read the kernel still has to carry it out.  Nothing tells when it has, except for
  * pages that are found missing; this long is taken to be enough for the others (those freed by MADV_FREE). */
 #define ZAPS_NS 1000000000ull
 
 struct watch {
-    uint64_t others_bytes;               /* need of the job's other processes */
-    uint64_t ledger_seen_ns;
     int64_t unmanaged_seen;              /* pages, at the last scan */
     uint64_t scan_ns;
     uint64_t zaps_ns;
 };
 
 static struct watch watch;
-
-static uint64_t number(const char **s)
-{
-    uint64_t v = 0;
-    while (**s == ' ')
-        (*s)++;
-    for (; **s >= '0' && **s <= '9'; (*s)++)
-        v = v * 10 + (uint64_t)(**s - '0');
-    return v;
-}
-
-/* Anonymous pages that are here: statm's resident less shared. */
-static int64_t anonymous_pages(void)
-{
-    char text[128];
-    const char *s = text;
-    long n = fm_sys(SYS_pread64, fm.statm, text, sizeof text - 1, 0);
-    if (n <= 0)
-        return 0;
-    text[n] = 0;
-    number(&s);
-    uint64_t resident = number(&s), shared = number(&s);
-    return (int64_t)(resident - shared);
-}
-
-static uint64_t others_need(void)
-{
-    uint64_t sum = 0;
-    for (uint32_t k = 0; k < FM_PROCS_MAX; k++) {
-        struct fm_proc *p = &fm.control->procs[k];
-        uint32_t s = __atomic_load_n(&p->state, __ATOMIC_RELAXED);
-        if (k != fm.slot && (s == FM_PROC_LIVE || s == FM_PROC_ADOPTED))
-            sum += p->local_bytes + p->remote_bytes;
-    }
-    return sum;
-}
-
-/* This process's part of the job's budget: all that the others leave while all fits, by need when it does not. */
-static uint64_t share_bytes(uint64_t mine)
-{
-    uint64_t budget = __atomic_load_n(&fm.control->budget_bytes, __ATOMIC_RELAXED), total, share;
-    uint64_t now = fm_now_ns();
-    if (now - watch.ledger_seen_ns > LEDGER_LOOK_NS) {
-        watch.others_bytes = others_need();
-        watch.ledger_seen_ns = now;
-    }
-    total = mine + watch.others_bytes;
-    if (total <= budget)
-        share = budget - watch.others_bytes;
-    else
-        share = (uint64_t)((double)budget * ((double)mine / (double)total));
-    return share > SHARE_MIN_BYTES ? share : SHARE_MIN_BYTES;
-}
 
 static void recount_discards(void)
 {
@@ -100,9 +43,9 @@ static void recount_discards(void)
     fm_lock_drop(&fm.fork_lock);
 }
 
-static void publish(int64_t anonymous)
+static void publish(const struct fm_usage *u)
 {
-    uint64_t local = (uint64_t)anonymous * FM_PAGE_BYTES;
+    uint64_t local = (uint64_t)u->local_pages * FM_PAGE_BYTES;
     fm.proc->local_bytes = local;
     fm.proc->remote_bytes = fm.state == FM_ENGINE_ADOPTED ? (uint64_t)fm.core.remote_pages * FM_PAGE_BYTES : 0;
     if (local > fm.proc->counters.peak_local_bytes)
@@ -110,11 +53,13 @@ static void publish(int64_t anonymous)
 }
 
 /* Managed: what the budget leaves to managed pages and frames, and what has appeared meanwhile. */
-static uint64_t look_managed(int64_t anonymous, uint64_t share)
+static uint64_t look_managed(const struct fm_usage *u, uint64_t share)
 {
     struct fm_core *c = &fm.core;
-    int64_t unmanaged = anonymous - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
-    int64_t limit = (int64_t)(share / FM_PAGE_BYTES) - (unmanaged > 0 ? unmanaged : 0);
+    int64_t unmanaged = u->anonymous_pages - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+    /* The core counts every page that is here in full, so what others count as well comes on top. */
+    int64_t elsewhere = u->anonymous_pages - u->local_pages;
+    int64_t limit = (int64_t)(share / FM_PAGE_BYTES) + elsewhere - (unmanaged > 0 ? unmanaged : 0);
     int64_t least = 2 * (int64_t)FM_FRAMES;
     uint64_t now = fm_now_ns();
     recount_discards();
@@ -131,7 +76,7 @@ static uint64_t look_managed(int64_t anonymous, uint64_t share)
         fm_lock_take(&fm.fork_lock);
         fm_adopt_scan();
         fm_lock_drop(&fm.fork_lock);
-        watch.unmanaged_seen = anonymous_pages() - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+        watch.unmanaged_seen = fm_usage().anonymous_pages - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
         watch.scan_ns = fm_now_ns();
     }
     return room < 4 * (int64_t)FM_FRAMES ? 1000000 : 5000000;
@@ -149,11 +94,11 @@ static void adopt_now(uint64_t share)
 
 static uint64_t look(void)
 {
-    int64_t anonymous = anonymous_pages();
-    publish(anonymous);
-    uint64_t mine = fm.proc->local_bytes + fm.proc->remote_bytes, share = share_bytes(mine);
+    struct fm_usage u = fm_usage();
+    publish(&u);
+    uint64_t mine = fm.proc->local_bytes + fm.proc->remote_bytes, share = fm_budget_share(mine);
     if (fm.state == FM_ENGINE_ADOPTED)
-        return look_managed(anonymous, share);
+        return look_managed(&u, share);
     uint64_t head_room = share / 8 < 64 * MIB ? share / 8 : 64 * MIB;
     if (mine + head_room >= share && !fm.gave_up) {
         adopt_now(share);
@@ -185,6 +130,7 @@ bool fm_descriptors_open(void)
     fm.maps = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
     fm.pagemap = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     fm.mem = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC);
+    fm.rollup = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/smaps_rollup", O_RDONLY | O_CLOEXEC);
     fm.tasks = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     return fm.statm >= 0 && fm.maps >= 0 && fm.pagemap >= 0 && fm.mem >= 0 && fm.tasks >= 0;
 }
@@ -194,6 +140,7 @@ void fm_watch_main(void *arg)
     (void)arg;
     fm.pid = (uint32_t)fm_sys(SYS_getpid);
     __builtin_memset(&watch, 0, sizeof watch);
+    fm_usage_reset();
     if (!fm_descriptors_open() || !fm_wire_join(FM_SLOT_ANY)) {
         __atomic_store_n(&fm.state, FM_ENGINE_NONE, __ATOMIC_RELEASE);
         return;

@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 1
+#define FM_CONTROL_VERSION 2
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -152,6 +152,8 @@ struct fm_control {
     uint32_t backend;                 /* enum fm_backend_kind */
     uint32_t filters;                 /* how many of filter[] are used */
     uint32_t userfaultfd_way;         /* enum fm_uffd_way: how `farmem run` found it can be had */
+    uint32_t procs_high;              /* no slot from this one on was ever used */
+    uint32_t pad;
     uint64_t pool_stored_pages;       /* slots in use now, all processes */
     uint64_t pool_peak_pages;
     uint64_t message_next;

@@ -1,0 +1,129 @@
+/* budget.c - how much anonymous memory this process has here, and how much of the job's budget is its own.
+ *
+ * Memory that is shared since a fork counts once in the job.  Only the kernel knows how much that is (Pss_Anon), and
+ * asking it costs 8 ms for each GiB, so a process that shares is asked now and then, and in between the worst is assumed:
+ * that it goes on ceasing to share as fast as it did.  Called by the watcher alone.
+ */
+#include <stddef.h>
+#include <string.h>
+
+#include "engine/engine.h"
+
+#define MIB (1ull << 20)
+#define SHARE_MIN_BYTES (8 * MIB)
+#define LEDGER_LOOK_NS 16000000ull
+#define LEDGER_LOOK_NEAR_NS 1000000ull
+#define NEAR_BYTES (64 * MIB)
+#define ROLLUP_PART 20u                 /* asking may take one part in so many of the watcher's time */
+#define ROLLUP_MIN_NS 2000000ull
+#define UNSHARE_FLOOR_PAGES_PER_MS 16   /* assumed at least: 64 MiB/s */
+#define SHARED_LEAST_PAGES 16
+
+static struct {
+    uint64_t others_bytes;              /* need of the job's other processes */
+    uint64_t ledger_ns;                 /* when that was looked at */
+    int64_t elsewhere_pages;            /* at the last look: counted by other processes of the job */
+    int64_t pages_per_ms;               /* how fast that became less */
+    uint64_t rollup_ns, rollup_pause_ns;
+} budget;
+
+void fm_usage_reset(void) { __builtin_memset(&budget, 0, sizeof budget); }
+
+static uint64_t number(const char **s)
+{
+    uint64_t v = 0;
+    while (**s == ' ')
+        (*s)++;
+    for (; **s >= '0' && **s <= '9'; (*s)++)
+        v = v * 10 + (uint64_t)(**s - '0');
+    return v;
+}
+
+/* Anonymous pages that are here: statm's resident less shared. */
+static int64_t anonymous_pages(void)
+{
+    char text[128];
+    const char *s = text;
+    long n = fm_sys(SYS_pread64, fm.statm, text, sizeof text - 1, 0);
+    if (n <= 0)
+        return 0;
+    text[n] = 0;
+    number(&s);
+    uint64_t resident = number(&s), shared = number(&s);
+    return (int64_t)(resident - shared);
+}
+
+/* -1: the kernel does not say. */
+static int64_t proportional_pages(void)
+{
+    static char text[2048];
+    long n = fm_sys(SYS_pread64, fm.rollup, text, sizeof text - 1, 0);
+    text[n > 0 ? n : 0] = 0;
+    const char *s = strstr(text, "Pss_Anon:");
+    if (s == NULL)
+        return -1;
+    s += sizeof "Pss_Anon:" - 1;
+    return (int64_t)(number(&s) * 1024 / FM_PAGE_BYTES);
+}
+
+static void ask_the_kernel(int64_t anonymous, uint64_t now)
+{
+    int64_t before = budget.elsewhere_pages, elapsed_ms = (int64_t)((now - budget.rollup_ns) / 1000000) + 1;
+    int64_t pss = proportional_pages();
+    uint64_t took_ns = fm_now_ns() - now;
+    budget.elsewhere_pages = pss >= 0 && pss < anonymous ? anonymous - pss : 0;
+    int64_t rate = before > budget.elsewhere_pages ? (before - budget.elsewhere_pages) / elapsed_ms : 0;
+    budget.pages_per_ms = 2 * rate + UNSHARE_FLOOR_PAGES_PER_MS;
+    budget.rollup_ns = now;
+    budget.rollup_pause_ns = took_ns * ROLLUP_PART > ROLLUP_MIN_NS ? took_ns * ROLLUP_PART : ROLLUP_MIN_NS;
+    if (budget.elsewhere_pages < SHARED_LEAST_PAGES) {
+        budget.elsewhere_pages = 0;
+        __atomic_store_n(&fm.shares_memory, 0, __ATOMIC_RELAXED);   /* until the next fork */
+    }
+}
+
+static int64_t elsewhere_pages(int64_t anonymous)
+{
+    uint64_t now = fm_now_ns();
+    if (__atomic_load_n(&fm.shares_memory, __ATOMIC_RELAXED) == 0)
+        return 0;
+    if (now - budget.rollup_ns >= budget.rollup_pause_ns)
+        ask_the_kernel(anonymous, now);
+    int64_t left = budget.elsewhere_pages - (int64_t)((now - budget.rollup_ns) / 1000000) * budget.pages_per_ms;
+    return left < 0 ? 0 : left > anonymous ? anonymous : left;
+}
+
+struct fm_usage fm_usage(void)
+{
+    int64_t anonymous = anonymous_pages();
+    return (struct fm_usage){ .anonymous_pages = anonymous, .local_pages = anonymous - elsewhere_pages(anonymous) };
+}
+
+static uint64_t others_need(void)
+{
+    uint64_t sum = 0;
+    uint32_t n = __atomic_load_n(&fm.control->procs_high, __ATOMIC_ACQUIRE);
+    for (uint32_t k = 0; k < n && k < FM_PROCS_MAX; k++) {
+        struct fm_proc *p = &fm.control->procs[k];
+        uint32_t s = __atomic_load_n(&p->state, __ATOMIC_RELAXED);
+        if (k != fm.slot && (s == FM_PROC_LIVE || s == FM_PROC_ADOPTED))
+            sum += p->local_bytes + p->remote_bytes;
+    }
+    return sum;
+}
+
+uint64_t fm_budget_share(uint64_t mine)
+{
+    uint64_t all = __atomic_load_n(&fm.control->budget_bytes, __ATOMIC_RELAXED), now = fm_now_ns(), share;
+    bool near = mine + budget.others_bytes + NEAR_BYTES > all;
+    if (now - budget.ledger_ns > (near ? LEDGER_LOOK_NEAR_NS : LEDGER_LOOK_NS)) {
+        budget.others_bytes = others_need();
+        budget.ledger_ns = now;
+    }
+    uint64_t total = mine + budget.others_bytes;
+    if (total <= all)
+        share = all - budget.others_bytes;
+    else
+        share = (uint64_t)((double)all * ((double)mine / (double)total));
+    return share > SHARE_MIN_BYTES ? share : SHARE_MIN_BYTES;
+}
