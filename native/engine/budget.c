@@ -14,16 +14,18 @@
 #define LEDGER_LOOK_NS 16000000ull
 #define LEDGER_LOOK_NEAR_NS 1000000ull
 #define NEAR_BYTES (64 * MIB)
-#define ROLLUP_PART 20u                 /* asking may take one part in so many of the watcher's time */
+#define ROLLUP_PART 10u                 /* asking may take one part in so many of the watcher's time */
 #define ROLLUP_MIN_NS 2000000ull
 #define UNSHARE_FLOOR_PAGES_PER_MS 16   /* assumed at least: 64 MiB/s */
+#define GUARD_PAGES_PER_MS 256          /* 1 GiB/s */
 #define SHARED_LEAST_PAGES 16
 
 static struct {
     uint64_t others_bytes;              /* need of the job's other processes */
     uint64_t ledger_ns;                 /* when that was looked at */
     int64_t elsewhere_pages;            /* at the last look: counted by other processes of the job */
-    int64_t pages_per_ms;               /* how fast that became less */
+    int64_t pages_per_ms;               /* how fast that became less by itself: somebody wrote */
+    uint64_t unshared;                  /* our own part of it, at the last look (counters.pages_unshared) */
     uint64_t rollup_ns, rollup_pause_ns;
 } budget;
 
@@ -66,13 +68,20 @@ static int64_t proportional_pages(void)
     return (int64_t)(number(&s) * 1024 / FM_PAGE_BYTES);
 }
 
+/* Pages that we have made private since the last look, to evict them. */
+static int64_t unshared_since(void)
+{
+    return (int64_t)(__atomic_load_n(&fm.proc->counters.pages_unshared, __ATOMIC_RELAXED) - budget.unshared);
+}
+
 static void ask_the_kernel(int64_t anonymous, uint64_t now)
 {
     int64_t before = budget.elsewhere_pages, elapsed_ms = (int64_t)((now - budget.rollup_ns) / 1000000) + 1;
-    int64_t pss = proportional_pages();
+    int64_t pss = proportional_pages(), own = unshared_since();
     uint64_t took_ns = fm_now_ns() - now;
     budget.elsewhere_pages = pss >= 0 && pss < anonymous ? anonymous - pss : 0;
-    int64_t rate = before > budget.elsewhere_pages ? (before - budget.elsewhere_pages) / elapsed_ms : 0;
+    budget.unshared += (uint64_t)own;
+    int64_t rate = before - own > budget.elsewhere_pages ? (before - own - budget.elsewhere_pages) / elapsed_ms : 0;
     budget.pages_per_ms = 2 * rate + UNSHARE_FLOOR_PAGES_PER_MS;
     budget.rollup_ns = now;
     budget.rollup_pause_ns = took_ns * ROLLUP_PART > ROLLUP_MIN_NS ? took_ns * ROLLUP_PART : ROLLUP_MIN_NS;
@@ -82,6 +91,13 @@ static void ask_the_kernel(int64_t anonymous, uint64_t now)
     }
 }
 
+/* Writes to shared pages are no faults of ours: what could be written before the next look is not counted on, up to half. */
+static int64_t guard_pages(int64_t left)
+{
+    int64_t guard = (int64_t)(budget.rollup_pause_ns / 1000000) * GUARD_PAGES_PER_MS;
+    return guard < left / 2 ? guard : left / 2;
+}
+
 static int64_t elsewhere_pages(int64_t anonymous)
 {
     uint64_t now = fm_now_ns();
@@ -89,7 +105,8 @@ static int64_t elsewhere_pages(int64_t anonymous)
         return 0;
     if (now - budget.rollup_ns >= budget.rollup_pause_ns)
         ask_the_kernel(anonymous, now);
-    int64_t left = budget.elsewhere_pages - (int64_t)((now - budget.rollup_ns) / 1000000) * budget.pages_per_ms;
+    int64_t left = budget.elsewhere_pages - unshared_since() - (int64_t)((now - budget.rollup_ns) / 1000000) * budget.pages_per_ms;
+    left -= guard_pages(left);
     return left < 0 ? 0 : left > anonymous ? anonymous : left;
 }
 

@@ -153,6 +153,7 @@ void fm_tcbs_reset(void);
 /* watch.c */
 void fm_watch_main(void *arg);
 void fm_watch_loop(void);
+uint64_t fm_watch_look(void);
 bool fm_descriptors_open(void);
 
 /* budget.c */

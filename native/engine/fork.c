@@ -320,9 +320,11 @@ static void child_main(void *arg)
     (void)arg;
     bool ok = fm.fork_slot != FM_SLOT_ANY && fm_descriptors_open() && fm_adopt_forked(fm.fork_slot) &&
               parent_says_go() && settle_unmapped();
+    fm_usage_reset();
+    if (ok)
+        fm_watch_look();       /* the others' shares are less from now on, not when this thread happens to run again */
     __atomic_store_n(&fm.child_ready, ok ? 1 : 2, __ATOMIC_RELEASE);
     fm_futex_wake(&fm.child_ready, 1);
-    fm_usage_reset();
     if (ok)
         fm_watch_loop();
 }

@@ -92,7 +92,8 @@ static void adopt_now(uint64_t share)
     fm_lock_drop(&fm.fork_lock);
 }
 
-static uint64_t look(void)
+/* How long to wait before the next look. */
+uint64_t fm_watch_look(void)
 {
     struct fm_usage u = fm_usage();
     publish(&u);
@@ -111,7 +112,7 @@ static uint64_t look(void)
 void fm_watch_loop(void)
 {
     for (;;) {
-        uint64_t wait = look();
+        uint64_t wait = fm_watch_look();
         if (!fm.keeper && fm.state == FM_ENGINE_ADOPTED && !fm_wire_alive()) {
             fm_say(FM_LEVEL_WARNING, "the supervisor has gone: going on without it.", 0);
             fm_keeper_start();
