@@ -19,6 +19,8 @@
 #define UNSHARE_FLOOR_PAGES_PER_MS 16   /* assumed at least: 64 MiB/s */
 #define GUARD_PAGES_PER_MS 256          /* 1 GiB/s */
 #define SHARED_LEAST_PAGES 16
+#define OVER_PAGES 4096                 /* 16 MiB */
+#define OVER_TELL_NS 1000000000ull
 
 static struct {
     uint64_t others_bytes;              /* need of the job's other processes */
@@ -27,6 +29,8 @@ static struct {
     int64_t pages_per_ms;               /* how fast that became less by itself: somebody wrote */
     uint64_t unshared;                  /* our own part of it, at the last look (counters.pages_unshared) */
     uint64_t rollup_ns, rollup_pause_ns;
+    uint64_t over_since_ns;
+    bool over_told;
 } budget;
 
 void fm_usage_reset(void) { __builtin_memset(&budget, 0, sizeof budget); }
@@ -55,16 +59,16 @@ static int64_t anonymous_pages(void)
     return (int64_t)(resident - shared);
 }
 
-/* -1: the kernel does not say. */
-static int64_t proportional_pages(void)
+/* A line of smaps_rollup, as "Pss_Anon:"; -1: the kernel does not say. */
+static int64_t rollup_pages(const char *name)
 {
     static char text[2048];
     long n = fm_sys(SYS_pread64, fm.rollup, text, sizeof text - 1, 0);
     text[n > 0 ? n : 0] = 0;
-    const char *s = strstr(text, "Pss_Anon:");
+    const char *s = strstr(text, name);
     if (s == NULL)
         return -1;
-    s += sizeof "Pss_Anon:" - 1;
+    s += strlen(name);
     return (int64_t)(number(&s) * 1024 / FM_PAGE_BYTES);
 }
 
@@ -77,7 +81,7 @@ static int64_t unshared_since(void)
 static void ask_the_kernel(int64_t anonymous, uint64_t now)
 {
     int64_t before = budget.elsewhere_pages, elapsed_ms = (int64_t)((now - budget.rollup_ns) / 1000000) + 1;
-    int64_t pss = proportional_pages(), own = unshared_since();
+    int64_t pss = rollup_pages("Pss_Anon:"), own = unshared_since();
     uint64_t took_ns = fm_now_ns() - now;
     budget.elsewhere_pages = pss >= 0 && pss < anonymous ? anonymous - pss : 0;
     budget.unshared += (uint64_t)own;
@@ -105,7 +109,8 @@ static int64_t elsewhere_pages(int64_t anonymous)
         return 0;
     if (now - budget.rollup_ns >= budget.rollup_pause_ns)
         ask_the_kernel(anonymous, now);
-    int64_t left = budget.elsewhere_pages - unshared_since() - (int64_t)((now - budget.rollup_ns) / 1000000) * budget.pages_per_ms;
+    int64_t since_ms = (int64_t)((now - budget.rollup_ns) / 1000000);
+    int64_t left = budget.elsewhere_pages - unshared_since() - since_ms * budget.pages_per_ms;
     left -= guard_pages(left);
     return left < 0 ? 0 : left > anonymous ? anonymous : left;
 }
@@ -114,6 +119,31 @@ struct fm_usage fm_usage(void)
 {
     int64_t anonymous = anonymous_pages();
     return (struct fm_usage){ .anonymous_pages = anonymous, .local_pages = anonymous - elsewhere_pages(anonymous) };
+}
+
+/* Says once, when it has lasted, what keeps the process over its share; again only after it was below.  over: the core's
+ * pages beyond its limit; unmanaged: what is none of the core's. */
+void fm_tell_when_over(int64_t over, int64_t unmanaged)
+{
+    uint64_t now = fm_now_ns();
+    if (over < OVER_PAGES) {
+        budget.over_since_ns = 0;
+        budget.over_told = budget.over_told && over > 0;
+        return;
+    }
+    if (budget.over_since_ns == 0)
+        budget.over_since_ns = now;
+    if (budget.over_told || now - budget.over_since_ns < OVER_TELL_NS)
+        return;
+    budget.over_told = true;
+    int64_t locked = rollup_pages("Locked:");
+    const struct fm_part parts[] = {
+        { "over the share of the budget by ", (uint64_t)over * FM_PAGE_BYTES / MIB },
+        { " MiB that can't leave: ", (uint64_t)(locked > 0 ? locked : 0) * FM_PAGE_BYTES / MIB },
+        { " MiB are locked (mlock), ", (uint64_t)(unmanaged > 0 ? unmanaged : 0) * FM_PAGE_BYTES / MIB },
+        { " MiB are never managed (stacks, libraries' data, the engine); what else stays is pinned by a device or io_uring", 0 },
+    };
+    fm_say_parts(FM_LEVEL_WARNING, parts, sizeof parts / sizeof parts[0]);
 }
 
 static uint64_t others_need(void)

@@ -121,6 +121,11 @@ void fm_keeper_start(void);
 
 /* say.c */
 void fm_say(int level, const char *text, uint64_t number);
+struct fm_part {
+    const char *text;
+    uint64_t number;
+};
+void fm_say_parts(int level, const struct fm_part *part, uint32_t n);   /* texts and numbers in turn; the last text only */
 
 /* wire.c */
 bool fm_wire_join(uint32_t slot);
@@ -163,6 +168,7 @@ struct fm_usage {
 };
 struct fm_usage fm_usage(void);
 void fm_usage_reset(void);
+void fm_tell_when_over(int64_t over, int64_t unmanaged);
 /* This process's part of the job's budget: all that the others leave while all fits, by need when it does not.  mine:
  * what it needs, here and in the pool. */
 uint64_t fm_budget_share(uint64_t mine);

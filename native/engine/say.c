@@ -62,6 +62,20 @@ void fm_say(int level, const char *text, uint64_t number)
     __atomic_store_n(&m->seq, ticket + 1, __ATOMIC_RELEASE);
 }
 
+void fm_say_parts(int level, const struct fm_part *part, uint32_t n)
+{
+    char text[FM_MESSAGE_BYTES];
+    uint32_t at = 0;
+    for (uint32_t k = 0; k < n; k++) {
+        at = put_text(text, at, part[k].text);
+        if (k + 1 < n)
+            at = put_number(text, at, part[k].number, 10);
+    }
+    at = put_text(text, at, ".");
+    text[at] = 0;
+    fm_say(level, text, 0);
+}
+
 /* A broken promise of ours to ourselves: say so, and end the program before it can see a wrong byte. */
 _Noreturn void fm_panic(const char *what, const char *file, int line)
 {

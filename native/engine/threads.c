@@ -54,7 +54,13 @@ void fm_futex_wake(uint32_t *word, int n) { fm_sys(SYS_futex, word, FUTEX_WAKE_P
  * wake, at no greater share of the processor (Linux 6.12 and newer; before, it says no). */
 static void run_soon(void)
 {
-    struct { uint32_t size, policy; uint64_t flags; int32_t nice; uint32_t priority; uint64_t runtime, deadline, period; } a;
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } a;
     if (fm_sys(SYS_sched_getattr, 0, &a, sizeof a, 0) != 0 || a.policy != SCHED_NORMAL)
         return;
     a.runtime = SLICE_NS;

@@ -71,6 +71,7 @@ static uint64_t look_managed(const struct fm_usage *u, uint64_t share)
     int64_t room = limit - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
     if (room < (int64_t)FM_FRAMES)
         fm_evictor_ring();
+    fm_tell_when_over(-room, unmanaged);
     bool grown = unmanaged - watch.unmanaged_seen > (int64_t)(MIB / FM_PAGE_BYTES);
     if (room < 8 * (int64_t)FM_FRAMES && ((grown && now - watch.scan_ns > 2000000) || now - watch.scan_ns > 200000000)) {
         fm_lock_take(&fm.fork_lock);
