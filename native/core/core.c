@@ -305,10 +305,7 @@ static void stored_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint3
     b->flags[i] |= FM_HASHED;
     fr->dirty = 0;
     if (fr->copied) {
-        fm_lock_take(&c->drops_lock);
-        fm_assert(c->drops_n < FM_FRAMES_MAX);
-        c->drops[c->drops_n++] = f;
-        fm_lock_drop(&c->drops_lock);
+        fm_drop_later(c, f);
         return;
     }
     if ((b->flags[i] & FM_WAITING) != 0 && !fm_in_limbo(b) && fm_install(c, b, i, f, 1, &r) == 1) {

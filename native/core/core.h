@@ -334,6 +334,8 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
 void fm_charge(struct fm_core *c, int64_t pages);
 void fm_state_set(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_state s);
 void fm_unprotect(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* Frame f holds the copy of a page that can be had from the pool by now: the evictor drops the page. */
+void fm_drop_later(struct fm_core *c, uint32_t f);
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A run of frames with memory behind them, in hand: free ones, or made, or reclaimed.  How many (0: none now). */
 uint32_t fm_frames_for_fetch(struct fm_core *c, uint32_t want, uint32_t *first);

@@ -317,7 +317,7 @@ static void slot_assign(struct fm_core *c, struct fm_block *b, uint32_t i)
         b->slot[i] = (uint32_t)slot_place(b, i);
 }
 
-static void to_drop(struct fm_core *c, uint32_t f)
+void fm_drop_later(struct fm_core *c, uint32_t f)
 {
     fm_lock_take(&c->drops_lock);
     fm_assert(c->drops_n < FM_FRAMES_MAX);
@@ -332,7 +332,7 @@ static void decided(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
     enum fm_res r = FM_OK;
     c->frame[f].dirty = 0;
     if (c->frame[f].copied) {
-        to_drop(c, f);
+        fm_drop_later(c, f);
         return;
     }
     fm_state_set(c, b, i, FM_STAGED);
@@ -469,7 +469,7 @@ static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
         if (event)
             fm_page_discarded(c, b, i);      /* it may have been the program's after all */
     } else if (r != FM_OK && !event) {
-        to_drop(c, f);
+        fm_drop_later(c, f);
     } else {
         if (r != FM_OK)
             fm_slot_detach(c, b, i);         /* not ours, so the event was the program's, and so was the zap */

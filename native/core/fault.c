@@ -272,6 +272,21 @@ static bool wants_frames(struct fm_core *c, const struct fm_block *b, uint32_t i
     return s == FM_REMOTE || ((s == FM_FRESH || s == FM_RESIDENT) && room < (int64_t)FM_WINDOW_MAX);
 }
 
+/* No memory for a record, and without one a page is FRESH.  It gets its zeros and is the program's own from then on:
+ * never evicted, but neither wrong nor waited for. */
+static enum fm_fault_result fault_without_record(struct fm_core *c, uint64_t page)
+{
+    enum fm_res r = FM_AGAIN;
+    uint32_t done;
+    c->ops->enter(c->ctx);
+    if (fm_block_find(c, page) == NULL)
+        r = c->ops->copy_in(c->ctx, page, FM_FRAME_NONE, 1, &done);
+    if (r != FM_OK && r != FM_AGAIN)
+        c->ops->wake(c->ctx, page, 1);
+    c->ops->leave(c->ctx);
+    return r == FM_AGAIN ? FM_FAULT_RETRY : FM_FAULT_DONE;
+}
+
 enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bits)
 {
     struct fm_block *b = fm_block_get(c, page);
@@ -280,7 +295,7 @@ enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bi
     struct fm_io *io = NULL;
     bool marker = false;
     if (b == NULL)
-        return FM_FAULT_NO_FRAME;           /* no memory for the record: as good as no frame */
+        return fault_without_record(c, page);
     uint8_t s = __atomic_load_n(&b->state[i], __ATOMIC_RELAXED);
     bool plan = s == FM_FRESH || s == FM_REMOTE;
     if (plan)

@@ -145,6 +145,7 @@ static void draw_kind(struct fm_core *c)
     S.forks_on = sim_chance(2);
     S.forks_left = S.forks_on ? 3 : 0;
     S.free_on = sim_chance(2);
+    S.starved_on = sim_chance(8);
     S.faults_on = sim_chance(2);
     S.bad_ppm = (uint32_t)sim_rnd(20000);
     c->limit_pages = 12 + (int64_t)sim_rnd(200);

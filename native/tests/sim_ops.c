@@ -352,7 +352,13 @@ static void *op_memory(void *ctx, void *old, uint64_t old_bytes, uint64_t bytes)
     return p;
 }
 
-static struct fm_block *op_block_memory(void *ctx) { return op_memory(ctx, NULL, 0, sizeof(struct fm_block)); }
+/* While events are applied there must be memory: without it the core stops. */
+static struct fm_block *op_block_memory(void *ctx)
+{
+    if (S.starved_on && !S.exclusive && sim_chance(3))
+        return NULL;
+    return op_memory(ctx, NULL, 0, sizeof(struct fm_block));
+}
 
 static void op_message(void *ctx, int level, const char *text, uint64_t number)
 {
