@@ -8,12 +8,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 
 #include "engine/engine.h"
 #include "fm_assert.h"
 
 #define FDS_MAX 4
+#define PATIENCE_S 10
 
 static bool refused;
 
@@ -86,6 +88,14 @@ static bool map_job(const int *fds)
     return true;
 }
 
+/* A supervisor that does not answer (stopped, say) must hold nobody up for ever: it counts as gone. */
+static void set_patience(int sock)
+{
+    const struct timeval t = { .tv_sec = PATIENCE_S };
+    fm_sys(SYS_setsockopt, sock, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+    fm_sys(SYS_setsockopt, sock, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
+}
+
 bool fm_wire_join(uint32_t slot)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
@@ -96,6 +106,8 @@ bool fm_wire_join(uint32_t slot)
     refused = false;
     __builtin_memcpy(a.sun_path + 1, fm.job_name, n);
     fm.sock = (int)fm_sys(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (fm.sock >= 0)
+        set_patience(fm.sock);
     if (fm.sock < 0 || fm_sys(SYS_connect, fm.sock, &a, offsetof(struct sockaddr_un, sun_path) + 1 + n) != 0)
         return false;
     uint32_t answer = send_wire(FM_WIRE_HELLO, slot, -1) ? receive_wire(&w, fds, &got) : 0;

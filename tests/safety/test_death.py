@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -152,3 +153,35 @@ def test_nothing_left_after_an_ordinary_end(tmp_path: Path) -> None:
         (tmp_path / "stop").touch()
         assert_ok(job.finish(60))
         assert_nothing_left(job, name)
+
+
+GROWS_AND_FORKS = """
+import os, sys, time
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.05)
+data = [bytes([i % 251]) * 4096 for i in range(20000)]
+time.sleep(0.5)
+pid = os.fork()
+right = all(page == bytes([i % 251]) * 4096 for i, page in enumerate(data))
+if pid == 0:
+    os._exit(0 if right else 1)
+assert right and os.waitpid(pid, 0)[1] == 0
+print("ok")
+"""
+
+
+def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
+    """A program that is about to be adopted, and forks meanwhile, goes on without being managed."""
+    go = tmp_path / "go"
+    with start_farmem([sys.executable, "-c", GROWS_AND_FORKS, str(go)], local=LOCAL) as job:
+        supervisor = job.supervisor()
+        time.sleep(1.0)  # it has joined by then
+        os.kill(supervisor, signal.SIGSTOP)
+        try:
+            go.touch()
+            assert job.process.wait(60) == 0
+        finally:
+            os.kill(supervisor, signal.SIGCONT)
+        result = job.finish(30)
+        assert result.stdout == b"ok\n"
+        assert b"not managed" in result.stderr, result.describe()
