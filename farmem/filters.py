@@ -6,7 +6,7 @@ does is the data plane's; here is only its spelling.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from farmem.errors import FarmemError
@@ -91,11 +91,16 @@ def parse_filter(text: str) -> Filter:
     return Filter(name, tuple(params.values()), path, text)
 
 
+def limited(filters: Sequence[Filter]) -> list[Filter]:
+    """The filters, outermost first, if there are not too many."""
+    if len(filters) > FILTERS_MAX:
+        raise FarmemError(f"{len(filters)} filters are more than {FILTERS_MAX}", "leave some out")
+    return list(filters)
+
+
 def parse_filters(texts: tuple[str, ...]) -> list[Filter]:
     """Every --filter, outermost first."""
-    if len(texts) > FILTERS_MAX:
-        raise FarmemError(f"{len(texts)} filters are more than {FILTERS_MAX}", "leave some out")
-    return [parse_filter(text) for text in texts]
+    return limited([parse_filter(text) for text in texts])
 
 
 def write_filters(filters: list[Filter], control: Any, lib: Any) -> None:

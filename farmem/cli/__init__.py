@@ -11,9 +11,13 @@ from importlib import import_module
 import click
 
 from farmem import __version__
+from farmem.cli.options import CONFIG_VARIABLE, Defaults, Files, hint_for
 from farmem.errors import EXIT_FARMEM, FarmemError
 
-VERBS = {"run": "Run a command with less memory than it needs."}
+VERBS = {
+    "run": "Run a command with less memory than it needs.",
+    "config": "Show the configuration, and where each value comes from.",
+}
 _EXIT_INTERRUPTED = 130
 
 
@@ -31,6 +35,16 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"farmem.cli.{cmd_name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The verb that was typed; what the configuration says for it goes where click looks."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None:
+            ctx.obj = Files(ctx.params.get("config_path") or "")
+            ctx.default_map = {name: Defaults(name, command, ctx.obj)}
+        return name, command, rest
+
 
 @click.group(
     cls=LazyGroup,
@@ -38,8 +52,16 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.version_option(__version__, prog_name="farmem", message="%(prog)s %(version)s")
+@click.option(
+    "--config",
+    "config_path",
+    metavar="FILE",
+    type=click.Path(),
+    envvar=CONFIG_VARIABLE,
+    help="Read the configuration from FILE, and from no other file.",
+)
 @click.pass_context
-def cli(ctx: click.Context) -> None:
+def cli(ctx: click.Context, config_path: str | None) -> None:
     """Far memory for unmodified Linux programs."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -51,12 +73,6 @@ def _complain(what: str, hint: str) -> None:
         print(f"  {hint}", file=sys.stderr)
 
 
-def _hint_for(error: click.ClickException) -> str:
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "farmem"
-    return f"try: {path} --help"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns an exit status unless a command has taken our place."""
     try:
@@ -65,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(error.what, error.hint)
         return error.status
     except click.ClickException as error:
-        _complain(error.format_message().rstrip("."), _hint_for(error))
+        _complain(error.format_message().rstrip("."), hint_for(error))
         return EXIT_FARMEM
     except (KeyboardInterrupt, click.Abort):
         return _EXIT_INTERRUPTED

@@ -6,8 +6,9 @@ from typing import NoReturn
 import click
 
 from farmem import _native, checks
+from farmem.cli.options import Parsed
 from farmem.errors import FarmemError
-from farmem.filters import parse_filters
+from farmem.filters import Filter, limited, parse_filter
 from farmem.job import (
     DEFECTS_VARIABLE,
     EVICT_VARIABLE,
@@ -17,7 +18,7 @@ from farmem.job import (
     inherited_environment,
     launch,
 )
-from farmem.pools import parse_pool
+from farmem.pools import Pool, parse_pool
 from farmem.sizes import parse_size
 
 
@@ -47,6 +48,16 @@ def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
     return modes[name]
 
 
+def _parse_budget(text: str) -> int:
+    budget_bytes = parse_size(text, "local memory")
+    checks.check_budget(budget_bytes)
+    return budget_bytes
+
+
+def _parse_stats(path: str) -> str:
+    return checks.check_stats_path(path) if path else ""
+
+
 @click.command(
     "run",
     context_settings={"allow_interspersed_args": False},
@@ -55,12 +66,18 @@ def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
     "executed, 127 when it is not found.",
 )
 @click.option(
-    "-m", "--local", "size", metavar="SIZE", required=True, help="Local memory: 512M, 4G, 1.5GiB."
+    "-m",
+    "--local",
+    "budget_bytes",
+    metavar="SIZE",
+    type=Parsed("size", _parse_budget),
+    required=True,
+    help="Local memory: 512M, 4G, 1.5GiB.",
 )
 @click.option(
     "--pool",
-    "url",
     metavar="URL",
+    type=Parsed("pool", parse_pool),
     default="mem:",
     show_default=True,
     help="Where pages go: mem: or mem:SIZE. They stay on this host: for trying and testing.",
@@ -69,6 +86,7 @@ def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
     "--filter",
     "filters",
     metavar="NAME[:key=value,...]",
+    type=Parsed("filter", parse_filter),
     multiple=True,
     help="Put a filter before the pool: checksum, stats, delay:rtt=10us,bandwidth=1G, "
     "error:fetch=0.01,... May be repeated; the first is outermost.",
@@ -77,6 +95,7 @@ def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
     "--stats",
     "stats_path",
     metavar="FILE",
+    type=Parsed("path", _parse_stats),
     default="",
     help="Write statistics to FILE (JSON) when the job has ended.",
 )
@@ -87,11 +106,16 @@ def _evict_mode_from(environment: dict[bytes, bytes]) -> int:
     help="Vouch that CMD pins no memory (O_DIRECT, io_uring, RDMA): "
     "lets kernels before 6.8 be used.",
 )
-@click.argument("words", metavar="[--] CMD [ARG]...", nargs=-1, type=click.UNPROCESSED)
+@click.argument(
+    "words",
+    metavar="[--] CMD [ARG]...",
+    nargs=-1,
+    type=click.UNPROCESSED,
+)
 def command(
-    size: str,
-    url: str,
-    filters: tuple[str, ...],
+    budget_bytes: int,
+    pool: Pool,
+    filters: tuple[Filter, ...],
     stats_path: str,
     quiet: bool,
     no_pinned_io: bool,
@@ -103,11 +127,6 @@ def command(
         raise FarmemError("this runs in a farmem job already", "leave the inner `farmem run` out")
     if not words:
         raise FarmemError("there is no command to run", "type: farmem run -m 1G -- CMD ARG...")
-    budget_bytes = parse_size(size, "local memory")
-    checks.check_budget(budget_bytes)
-    pool = parse_pool(url)
-    parsed = parse_filters(filters)
-    stats = checks.check_stats_path(stats_path) if stats_path else ""
     library = checks.library_path()
     search = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
     path = checks.find_command(words[0], search)
@@ -117,8 +136,8 @@ def command(
         command=words,
         budget_bytes=budget_bytes,
         pool=pool,
-        filters=parsed,
-        stats_path=stats,
+        filters=limited(filters),
+        stats_path=stats_path,
         quiet=quiet,
         no_pinned_io=no_pinned_io,
         userfaultfd_way=access.way,
