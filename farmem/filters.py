@@ -57,6 +57,13 @@ _KNOWN = (
 )
 
 
+def parameters() -> dict[str, list[str]]:
+    """Every filter with the names of its parameters."""
+    return {
+        name: [*keys, "file"] if name in _WITH_FILE else list(keys) for name, keys in _KEYS.items()
+    }
+
+
 def _armed_by(path: str) -> str:
     absolute = os.path.abspath(path) if path else ""
     if not absolute or len(os.fsencode(absolute)) > PATH_BYTES_MAX:

@@ -11,6 +11,7 @@ from farmem.errors import FarmemError
 from farmem.sizes import format_bytes, parse_size
 
 EXTENT_BYTES = 2 << 20
+SCHEMES = {"mem": "memory of this host"}
 _KNOWN = "pools are: mem: (as large as this host's memory) and mem:SIZE, as mem:8G"
 
 

@@ -10,7 +10,8 @@ set -euo pipefail
 
 # Debian package names. Whoever adds a test that needs a program adds it here.
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev)
-TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux)
+TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
+    groff-base bash-completion zsh fish)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)
 
 fits() {

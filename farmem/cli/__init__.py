@@ -5,8 +5,10 @@ imported on its account.  Errors are sentences on stderr and an exit status, nev
 traceback.
 """
 
+import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -17,7 +19,9 @@ from farmem.errors import EXIT_FARMEM, FarmemError
 VERBS = {
     "run": "Run a command with less memory than it needs.",
     "config": "Show the configuration, and where each value comes from.",
+    "completion": "Print what makes a shell complete farmem's words.",
 }
+COMPLETE_VARIABLE = "_FARMEM_COMPLETE"
 _EXIT_INTERRUPTED = 130
 
 
@@ -44,6 +48,12 @@ class LazyGroup(click.Group):
             ctx.obj = Files(ctx.params.get("config_path") or "")
             ctx.default_map = {name: Defaults(name, command, ctx.obj)}
         return name, command, rest
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """The verbs, without importing one, or the options."""
+        from farmem.cli.words import verbs
+
+        return verbs(VERBS, incomplete) or click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(
@@ -75,6 +85,8 @@ def _complain(what: str, hint: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns an exit status unless a command has taken our place."""
+    if COMPLETE_VARIABLE in os.environ:
+        import farmem.cli.completion  # noqa: F401 - tells click how we complete
     try:
         cli.main(arguments, prog_name="farmem", standalone_mode=False)
     except FarmemError as error:

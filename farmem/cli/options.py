@@ -22,6 +22,7 @@ CONFIG_VARIABLE = "FARMEM_CONFIG"
 INTERNAL_VARIABLES = ("FARMEM_JOB", "FARMEM_TEST_")
 # Verbs about the configuration are not configured: they must work where it is wrong.
 NOT_CONFIGURED = frozenset({"config", "completion"})
+COMMAND_LINE = "command"
 _EXAMPLES = {"size": "4G", "pool": "mem:8G", "filter": "delay:rtt=10us"}
 _KINDS = {
     bool: "true or false",
@@ -41,7 +42,10 @@ class Origin(NamedTuple):
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older click
-    """A type of option whose text one of our parsers reads; an error says where it is from."""
+    """A type of option whose text one of our parsers reads; an error says where it is from.
+
+    Its name (`size`, `pool`, `filter`, `path`) decides how it is completed: see words.py.
+    """
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -56,6 +60,38 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older
             where = f"{key_of(param)} in " if param and origin.source == "file" else ""
             what = f"{error.what} ({where}{origin.where})" if origin.where else error.what
             raise FarmemError(what, error.hint, error.status) from error
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[Any]:
+        """What could stand here, as far as it is known."""
+        from farmem.cli.words import complete
+
+        return complete(self.name, incomplete)
+
+
+class CommandLine(click.Command):
+    """A verb that ends in another command's line: once that has begun, no option is ours."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The parameters; of those only the command's words while these are being completed."""
+        params = super().get_params(ctx)
+        if ctx.resilient_parsing and ctx.params.get("words"):
+            return [param for param in params if param.name == "words"]
+        return params
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Our options, or the command's."""
+        if ctx.params.get("words"):
+            return complete_words(ctx, self.params[-1], incomplete)
+        return super().shell_complete(ctx, incomplete)
+
+
+def complete_words(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """The shell completes another command's line itself: it is told how many words are there."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(str(len(ctx.params.get("words") or ())), type=COMMAND_LINE)]
 
 
 class Files:

@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from farmem import _native, checks
-from farmem.cli.options import Parsed
+from farmem.cli.options import CommandLine, Parsed, complete_words
 from farmem.errors import FarmemError
 from farmem.filters import Filter, limited, parse_filter
 from farmem.job import (
@@ -60,6 +60,7 @@ def _parse_stats(path: str) -> str:
 
 @click.command(
     "run",
+    cls=CommandLine,
     context_settings={"allow_interspersed_args": False},
     help="Run CMD with SIZE of local memory; what does not fit is paged to the pool.",
     epilog="Exit status: that of CMD; 125 when farmem itself fails, 126 when CMD can't be "
@@ -111,6 +112,7 @@ def _parse_stats(path: str) -> str:
     metavar="[--] CMD [ARG]...",
     nargs=-1,
     type=click.UNPROCESSED,
+    shell_complete=complete_words,
 )
 def command(
     budget_bytes: int,
