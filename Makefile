@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -name '*.[ch]' -o -name CMakeLists.txt -o -name '*.py')
 
-.PHONY: help build demo test lint bench sim native tsan clean setup-build setup-test
+.PHONY: help build demo test lint man bench sim native tsan clean setup-build setup-test
 
 help: ## Show this list
 	@echo "farmem: make TARGET"
@@ -37,6 +37,9 @@ lint: $(VENV)/.built ## Check style and types (ruff, mypy)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+man: $(VENV)/.built ## Write the man pages in docs/man, from the options and docs/man/parts
+	@$(BIN)/python tools/man.py
 
 bench: setup-test $(VENV)/.built ## Measure against everything local and against the kernel's swap
 	@$(BIN)/python tools/bench.py
@@ -76,6 +79,6 @@ $(VENV)/.tools: pyproject.toml
 	@flock . $(PIP) install -r $(VENV)/requirements.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.tools $(NATIVE_SOURCES) pyproject.toml
+$(VENV)/.built: $(VENV)/.tools $(NATIVE_SOURCES) $(wildcard docs/man/*.[15]) pyproject.toml
 	@flock . $(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
