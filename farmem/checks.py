@@ -8,7 +8,7 @@ and the extension only.
 import errno
 import os
 import stat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from farmem import _native
 from farmem.elf import ELF_MAGIC, BadElf, Elf, read_elf
@@ -211,10 +211,16 @@ def _check_script(path: str, head: bytes, search: str, machine: int, depth: int)
         check_program(find_command(argument, search), search, machine, depth + 1)
 
 
-def check_userfaultfd(no_pinned_io: bool) -> Access:
-    """How a userfaultfd that sees every fault can be had; an error where it can't be honest."""
+def probe_userfaultfd() -> Any:
+    """What the kernel says when it is asked for a userfaultfd: a struct fm_probe."""
     probe = _native.ffi.new("struct fm_probe *")
     _native.lib.fm_probe_userfaultfd(probe)
+    return probe
+
+
+def check_userfaultfd(no_pinned_io: bool) -> Access:
+    """How a userfaultfd that sees every fault can be had; an error where it can't be honest."""
+    probe = probe_userfaultfd()
     if probe.way == _native.lib.FM_UFFD_NONE:
         raise _no_userfaultfd(probe)
     has_move = bool(probe.features & _native.lib.FM_PROBE_FEATURE_MOVE)
@@ -228,8 +234,8 @@ def check_userfaultfd(no_pinned_io: bool) -> Access:
     return Access(probe.way, has_move)
 
 
-def _no_userfaultfd(probe: object) -> FarmemError:
-    syscall_errno: int = getattr(probe, "syscall_errno", 0)
+def _no_userfaultfd(probe: Any) -> FarmemError:
+    syscall_errno: int = probe.syscall_errno
     if syscall_errno == errno.ENOSYS:
         return FarmemError(
             "this kernel has no userfaultfd", "use a kernel with CONFIG_USERFAULTFD, 6.8 or newer"
@@ -238,7 +244,7 @@ def _no_userfaultfd(probe: object) -> FarmemError:
         "let the administrator type: sysctl vm.unprivileged_userfaultfd=1, or give your group "
         "access: chgrp GROUP /dev/userfaultfd && chmod g+rw /dev/userfaultfd"
     )
-    if getattr(probe, "user_mode_only", 0):
+    if probe.user_mode_only:
         return FarmemError(
             "only user-mode faults can be had here: a system call that met a page in the pool "
             "would fail with EFAULT, so an unmodified program can't be run honestly",
@@ -246,5 +252,6 @@ def _no_userfaultfd(probe: object) -> FarmemError:
         )
     return FarmemError(
         f"no permission for userfaultfd ({os.strerror(syscall_errno)})",
-        hint + "; in a container its seccomp profile must allow userfaultfd",
+        hint + "; in a container its seccomp profile must allow userfaultfd. "
+        "What stands in the way here: farmem doctor",
     )
