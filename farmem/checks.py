@@ -57,12 +57,12 @@ def machine_of(path: str) -> int:
         os.close(fd)
 
 
-def check_budget(budget_bytes: int) -> None:
+def check_budget(budget_bytes: int, example: str = "farmem run -m 16M -- CMD") -> None:
     """A budget must leave room for a program's start, its stacks and our staging."""
     if budget_bytes < BUDGET_BYTES_MIN:
         raise FarmemError(
             f"a budget of {format_bytes(budget_bytes)} is too small to work in",
-            f"give at least {format_bytes(BUDGET_BYTES_MIN)}: farmem run -m 16M -- CMD",
+            f"give at least {format_bytes(BUDGET_BYTES_MIN)}: {example}",
         )
 
 
@@ -218,10 +218,16 @@ def probe_userfaultfd() -> Any:
     return probe
 
 
-def check_userfaultfd(no_pinned_io: bool) -> Access:
-    """How a userfaultfd that sees every fault can be had; an error where it can't be honest."""
+def check_userfaultfd(no_pinned_io: bool, *, for_regions: bool = False) -> Access:
+    """How a userfaultfd that sees every fault can be had; an error where it can't be honest.
+
+    For regions, which are asked for, one that sees user-mode faults alone will do.
+    """
     probe = probe_userfaultfd()
-    if probe.way == _native.lib.FM_UFFD_NONE:
+    way: int = probe.way
+    if way == _native.lib.FM_UFFD_NONE and for_regions and probe.user_mode_only:
+        way = _native.lib.FM_UFFD_USER_MODE
+    if way == _native.lib.FM_UFFD_NONE:
         raise _no_userfaultfd(probe)
     has_move = bool(probe.features & _native.lib.FM_PROBE_FEATURE_MOVE)
     if not has_move and not no_pinned_io:
@@ -229,9 +235,9 @@ def check_userfaultfd(no_pinned_io: bool) -> Access:
             f"this kernel ({os.uname().release}) has no UFFDIO_MOVE, so memory that a device "
             "is writing to can't be told from other memory",
             "use Linux 6.8 or newer; or, if the program does no O_DIRECT, io_uring or RDMA, "
-            "say so: --no-pinned-io",
+            f"say so: {'no_pinned_io=True' if for_regions else '--no-pinned-io'}",
         )
-    return Access(probe.way, has_move)
+    return Access(way, has_move)
 
 
 def _no_userfaultfd(probe: Any) -> FarmemError:

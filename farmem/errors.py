@@ -21,3 +21,18 @@ class FarmemError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.hint}" if self.hint else self.what
+
+
+class PageLost(FarmemError):
+    """Bytes of a region can't be had from the pool any more: touching them is SIGBUS.
+
+    `offset` is that of the first lost page in the region.
+    """
+
+    def __init__(self, what: str, hint: str, offset: int) -> None:
+        super().__init__(what, hint)
+        self.offset = offset
+
+
+class RegionInUse(FarmemError, BufferError):
+    """A region was to be closed while views of it are alive; it was left open."""

@@ -86,6 +86,13 @@ void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i)
     fm_charge(c, -1);
 }
 
+void fm_flags_cut(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep)
+{
+    if ((b->flags[i] & FM_PINNED & ~keep) != 0)
+        __atomic_sub_fetch(&c->pinned_pages, 1, __ATOMIC_RELAXED);
+    b->flags[i] &= keep;
+}
+
 void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep)
 {
     uint32_t f = b->frame[i];
@@ -103,7 +110,7 @@ void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t 
             fm_frames_put(c, f, 1, FM_FRAME_FREE);
     }
     fm_state_set(c, b, i, FM_FRESH);
-    b->flags[i] &= keep;
+    fm_flags_cut(c, b, i, keep);
 }
 
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i)
@@ -354,8 +361,7 @@ void fm_core_io_done(struct fm_core *c, struct fm_io *io)
     c->ops->frames_freed(c->ctx);
 }
 
-/* Inside the block of a page, made when needed; NULL: no memory. */
-static struct fm_block *enter_block(struct fm_core *c, uint64_t page)
+struct fm_block *fm_block_enter_made(struct fm_core *c, uint64_t page)
 {
     for (;;) {
         struct fm_block *b = fm_block_get(c, page);
@@ -389,7 +395,7 @@ void fm_core_found(struct fm_core *c, uint64_t page, uint32_t n)
 {
     while (n > 0) {
         uint32_t left = FM_BLOCK_PAGES - (uint32_t)(page % FM_BLOCK_PAGES), k = n < left ? n : left;
-        struct fm_block *b = enter_block(c, page);
+        struct fm_block *b = fm_block_enter_made(c, page);
         struct fm_range piece = { .page = page, .end = page };
         /* What was unmapped since the caller looked may be somebody else's by now, and not registered. */
         while (b != NULL && piece.end < page + k && fm_ranges_next(&c->managed, piece.end, page + k, &piece))
@@ -404,7 +410,7 @@ void fm_core_found(struct fm_core *c, uint64_t page, uint32_t n)
 void fm_core_keep(struct fm_core *c, uint64_t page, uint64_t n)
 {
     for (; n > 0 && !fm_defect(c, ADOPT_TLS); n--, page++) {
-        struct fm_block *b = enter_block(c, page);
+        struct fm_block *b = fm_block_enter_made(c, page);
         if (b == NULL)
             continue;
         b->flags[page % FM_BLOCK_PAGES] |= FM_KEEP;

@@ -54,8 +54,9 @@ enum fm_flag_bits {
     FM_KEEP = 32,         /* never evict: thread control block, TLS, locked */
     FM_MARKER = 64,       /* staged at the end of a window: touching it starts the next */
     FM_DROPPING = 128,    /* our own drop is under way: its REMOVE event is not the program's */
-    FM_FOUND = 256        /* was there at adoption and has not left since: it may have been freed (MADV_FREE) before
+    FM_FOUND = 256,       /* was there at adoption and has not left since: it may have been freed (MADV_FREE) before
                            * we looked on, so missing means zeros */
+    FM_PINNED = 512       /* the program asked for it: never evict until it says otherwise */
 };
 
 /* 32 bytes of engine memory for each managed page, rounded up: 16 KiB a block. */
@@ -155,13 +156,19 @@ struct fm_ops {
     void (*frames_freed)(void *ctx);  /* faults parked for want of a frame may be tried again */
 };
 
-enum fm_fault_bits { FM_FAULT_WRITE = 1, FM_FAULT_PROTECTED = 2 };
+enum fm_fault_bits {
+    FM_FAULT_WRITE = 1,
+    FM_FAULT_PROTECTED = 2,
+    FM_FAULT_AHEAD = 4    /* nobody has touched it: the program asked for it to be here (fm_core_bring()) */
+};
 
 enum fm_fault_result {
     FM_FAULT_DONE = 0,    /* resolved, or the thread was woken to look again */
     FM_FAULT_WAIT,        /* whoever ends the operation under way will wake it */
     FM_FAULT_RETRY,       /* events are pending: read them, then call again */
-    FM_FAULT_NO_FRAME     /* call again after frames_freed */
+    FM_FAULT_NO_FRAME,    /* call again after frames_freed */
+    FM_FAULT_HERE,        /* ahead of any fault only: it is there */
+    FM_FAULT_LOST         /* ... and: it can't be had */
 };
 
 struct fm_range {
@@ -173,6 +180,8 @@ struct fm_ranges {
     struct fm_range *at;
     uint32_t n, cap;
 };
+
+enum fm_advice { FM_ADVICE_NORMAL = 0, FM_ADVICE_SEQUENTIAL, FM_ADVICE_RANDOM, FM_ADVICES };
 
 struct fm_stream {
     uint64_t next;        /* the first page not yet asked for */
@@ -197,6 +206,7 @@ struct fm_core {
     int64_t local_pages;       /* pages that we account for: resident managed, and frames with memory */
     int64_t limit_pages;       /* ... and how many there may be */
     int64_t remote_pages;
+    int64_t pinned_pages;        /* FM_PINNED, whether they are here or not */
 
     /* blocks.c: two levels over 47-bit addresses */
     struct fm_block **table[FM_TABLE_SIZE];
@@ -229,6 +239,7 @@ struct fm_core {
     fm_lock streams_lock;
     struct fm_stream stream[FM_STREAMS];
     uint32_t stream_clock;
+    struct fm_ranges advised[FM_ADVICES];
 
     /* evict.c: copied pages whose store is acknowledged and that must now be dropped */
     fm_lock drops_lock;
@@ -255,6 +266,9 @@ void fm_core_share_frames(struct fm_core *c);
 /* ---- fault.c */
 enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bits);
 
+/* See to it that page is here, and at most n - 1 of those behind it with it.  Call it until it says FM_FAULT_HERE. */
+enum fm_fault_result fm_core_bring(struct fm_core *c, uint64_t page, uint32_t n);
+
 /* ---- evict.c */
 enum fm_evict_result {
     FM_EVICT_DONE = 0,      /* did what was asked */
@@ -264,10 +278,25 @@ enum fm_evict_result {
 };
 /* Move out up to n pages (staging is filled first). */
 enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n);
+/* Move out what can be of n pages from page on, whoever's turn it is.  *done: how many were dealt with; NOTHING means
+ * that no frame was empty. */
+enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint32_t n, uint32_t *done);
 /* Make the oldest staged pages REMOTE, so that n more frames are free.  How many were made. */
 uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n);
 /* Give back the memory of up to n free frames (reclaiming staged ones).  How many. */
 uint32_t fm_core_shrink(struct fm_core *c, uint32_t n);
+
+/* ---- asked.c: what a program asks for its pages; on the evictor's thread */
+struct fm_tally {
+    uint64_t resident, moving, remote, fresh, lost, pinned;    /* pages; moving: staged, leaving or arriving */
+    uint64_t first_lost;                                       /* FM_PAGE_NONE: none is */
+};
+void fm_core_tally(struct fm_core *c, uint64_t page, uint64_t n, struct fm_tally *t);
+/* False: no memory for their records (what was pinned by then stays so). */
+bool fm_core_pin(struct fm_core *c, uint64_t page, uint64_t n);
+void fm_core_unpin(struct fm_core *c, uint64_t page, uint64_t n);
+/* Staged pages of the range become REMOTE.  False: some are still on their way. */
+bool fm_core_leave_staging(struct fm_core *c, uint64_t page, uint64_t n);
 
 /* ---- events.c: with the world held exclusively */
 void fm_core_managed(struct fm_core *c, uint64_t page, uint64_t n);   /* registered with us from now on */
@@ -316,18 +345,25 @@ void fm_queue_unpop(struct fm_core *c, uint64_t page, uint32_t n);
 
 /* The window for a fault on page: how many pages from it on (>= 1). */
 uint32_t fm_stream_plan(struct fm_core *c, uint64_t page);
+void fm_stream_advise(struct fm_core *c, uint64_t page, uint64_t end, enum fm_advice advice);
 /* Only `got` of the `planned` pages from page on were taken. */
 void fm_stream_took(struct fm_core *c, uint64_t page, uint32_t planned, uint32_t got);
 /* A marker was touched: what to fetch next.  0: nothing. */
 uint32_t fm_stream_ahead(struct fm_core *c, uint64_t page, uint64_t *from);
 
+/* Inside the block of a page, made when needed; NULL: no memory. */
+struct fm_block *fm_block_enter_made(struct fm_core *c, uint64_t page);
 void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t n);
 /* Missing means zeros from now on, and nothing that is there may leave before the kernel has zapped it. */
 void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A page that counts as local turned out to be missing, and that means zeros. */
 void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* Of a page's flags only those in keep survive. */
+void fm_flags_cut(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep);
 /* Forget all about a page: its slot, its frame; FRESH.  Flags in keep survive. */
 void fm_page_forget(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep);
+/* A staged page that can be had from the pool becomes REMOTE; false: it can't be, or somebody has its frame in hand. */
+bool fm_page_reclaim(struct fm_core *c, struct fm_block *b, uint32_t i);
 void fm_slot_detach(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* Put n pages from frames back into the program, as resident; how many; *res says why it stopped. */
 uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t frame, uint32_t n, enum fm_res *res);

@@ -52,7 +52,7 @@ void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i)
 
 static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
-    uint16_t keep = FM_QUEUED | FM_KEEP | FM_DISCARDED | FM_ZAPPING;
+    uint16_t keep = FM_QUEUED | FM_KEEP | FM_PINNED | FM_DISCARDED | FM_ZAPPING;
     if ((b->flags[i] & FM_DROPPING) != 0) {
         /* One event is our own drop's.  Should the program discard the page at the same time there are two, and it does
          * not matter which is taken for which. */
@@ -186,9 +186,10 @@ static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, uin
 /* QUEUED belongs to the address, everything else to the page. */
 static void record_move(struct fm_core *c, struct fm_block *from, uint32_t i, struct fm_block *to, uint32_t j)
 {
-    uint16_t moves = FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP;
+    uint16_t moves = FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_PINNED;
     to->state[j] = from->state[i];
-    to->flags[j] = (uint16_t)((to->flags[j] & FM_QUEUED) | (from->flags[i] & (moves | FM_MARKER)));
+    fm_flags_cut(c, to, j, FM_QUEUED);
+    to->flags[j] |= from->flags[i] & (moves | FM_MARKER);
     to->slot[j] = from->slot[i];
     to->frame[j] = from->frame[i];
     to->hash[j][0] = from->hash[i][0];
@@ -217,7 +218,7 @@ static void into_limbo(struct fm_core *c, uint64_t page)
         l->flags[i] = 0;
         record_move(c, b, i, l, i);
     }
-    b->flags[i] &= FM_QUEUED;
+    fm_flags_cut(c, b, i, FM_QUEUED);
 }
 
 /* The old use of [page, end), as far as a debt says that it was ended out of order. */
@@ -242,6 +243,7 @@ static void live_unmapped(struct fm_core *c, uint64_t page, uint64_t end)
             fm_block_free(c, w.b);
     }
     fm_ranges_cut(c, &c->managed, page, end);
+    fm_stream_advise(c, page, end, FM_ADVICE_NORMAL);
 }
 
 void fm_core_managed(struct fm_core *c, uint64_t page, uint64_t n)

@@ -56,7 +56,7 @@ static bool zapping(const struct fm_core *c, const struct fm_block *b, uint32_t 
 
 static bool evictable(const struct fm_core *c, const struct fm_block *b, uint32_t i)
 {
-    return b->state[i] == FM_RESIDENT && (b->flags[i] & FM_KEEP) == 0 && !zapping(c, b, i);
+    return b->state[i] == FM_RESIDENT && (b->flags[i] & (FM_KEEP | FM_PINNED)) == 0 && !zapping(c, b, i);
 }
 
 /* Pages b[i..i+n) are in frames f.. now, or will be copied there. */
@@ -78,6 +78,8 @@ static void leaving(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
 /* The page stays for now, and comes up again when the others have had their turn. */
 static void to_the_back(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
+    if ((b->flags[i] & FM_QUEUED) != 0)
+        return;                          /* of a run that was asked for: its entry is still in the queue */
     b->flags[i] |= FM_QUEUED;
     fm_queue_push(c, b->page + i, 1);
 }
@@ -88,6 +90,7 @@ struct run {
     uint64_t page;
     uint32_t n;
     uint32_t first, frames;      /* empty frames in hand */
+    bool queued;                 /* taken out of the queue, and not asked for by its address */
     bool unshared;               /* the sharing has been ended: what is busy now is pinned */
     uint32_t busy;               /* stopped there: pages to be unshared */
 };
@@ -241,13 +244,13 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
             run->first += done;
             run->frames -= done;
         }
-        for (uint32_t k = 0; k < done; k++)
+        for (uint32_t k = 0; k < done && run->queued; k++)
             b->flags[i + k] &= (uint16_t)~FM_QUEUED;
         run->page += done;
         run->n -= done;
         if (done > 0 && (r == FM_OK || run->n == 0 || batch->n == BATCH_MAX))
             continue;
-        b->flags[i + done] &= (uint16_t)~FM_QUEUED;
+        b->flags[i + done] &= (uint16_t)~(run->queued ? FM_QUEUED : 0);
         if (evictable(c, b, i + done))
             s = refused(c, b, i + done, r, run, batch);
         else if (b->state[i + done] == FM_RESIDENT && zapping(c, b, i + done))
@@ -255,14 +258,14 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
         if (s == STEP_OK && run->busy == 0) {
             run->page++;
             run->n--;
-        } else {
+        } else if (run->queued) {
             b->flags[i + done] |= FM_QUEUED;
         }
     }
     return s;
 }
 
-/* One entry of the queue.  What is left of it goes back to the queue's head. */
+/* One entry of the queue, or a run that was asked for.  What is left of an entry goes back to the queue's head. */
 static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *batch)
 {
     enum step s = STEP_OK;
@@ -299,7 +302,7 @@ static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *b
     if (run->frames > 0)
         fm_frames_put(c, run->first, run->frames, FM_FRAME_EMPTY);
     run->frames = 0;
-    if (run->n > 0)
+    if (run->n > 0 && run->queued)
         fm_queue_unpop(c, run->page, run->n);
     return s;
 }
@@ -538,10 +541,19 @@ static bool more_frames(const struct fm_core *c)
     return fm_frames_of(c, FM_FRAME_EMPTY) > 0 || (copying(c) && fm_frames_of(c, FM_FRAME_FREE) > 0);
 }
 
+static enum fm_evict_result outcome(enum step s, bool some)
+{
+    if (s == STEP_RETRY)
+        return FM_EVICT_RETRY;
+    if (s == STEP_FULL)
+        return FM_EVICT_FULL;
+    return some ? FM_EVICT_DONE : FM_EVICT_NOTHING;
+}
+
 enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
 {
     struct batch batch = { .n = 0 };
-    struct run run = { .page = 0 };
+    struct run run = { .queued = true };
     enum step s = STEP_OK;
     uint64_t tries = fm_queue_entries(c) + 1, out = 0;
     put_back_dirty(c);
@@ -562,9 +574,19 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
     out += batch.n;
     finish(c, &batch);
     run_drops(c);
-    if (s == STEP_RETRY)
-        return FM_EVICT_RETRY;
-    if (s == STEP_FULL)
-        return FM_EVICT_FULL;
-    return out > 0 ? FM_EVICT_DONE : FM_EVICT_NOTHING;
+    return outcome(s, out > 0);
+}
+
+enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint32_t n, uint32_t *done)
+{
+    uint32_t left = FM_BLOCK_PAGES - (uint32_t)(page % FM_BLOCK_PAGES);
+    n = n < left ? n : left;
+    n = n < BATCH_MAX ? n : BATCH_MAX;
+    struct batch batch = { .n = 0 };
+    struct run run = { .page = page, .n = n };
+    enum step s = evict_entry(c, &run, &batch);
+    *done = n - run.n;
+    finish(c, &batch);
+    run_drops(c);
+    return outcome(s, *done > 0);
 }

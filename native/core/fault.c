@@ -91,7 +91,8 @@ static enum fm_fault_result fault_fresh(struct fm_core *c, struct fm_block *b, u
     if (done == 0)
         return settle(c, b, i, r);
     *took = done;
-    fm_add(c->count->faults_fresh, 1);
+    if ((bits & FM_FAULT_AHEAD) == 0)
+        fm_add(c->count->faults_fresh, 1);
     fm_add(c->count->pages_zeroed, done);
     return FM_FAULT_DONE;
 }
@@ -108,8 +109,6 @@ static void fetch_begin(struct fm_core *c, struct fm_block *b, uint32_t i, uint3
         fr->io = FM_IO_FETCH;
     }
     c->frame[f].transfer = (struct fm_io){ .kind = FM_IO_FETCH, .n = n, .frame = f, .slot = b->slot[i], .marker = marker };
-    if (marker || n > 1)
-        fm_add(c->count->pages_prefetched, n - 1);
 }
 
 /* Pages from i on that lie in the pool side by side. */
@@ -122,19 +121,23 @@ static uint32_t remote_run(const struct fm_block *b, uint32_t i, uint32_t want)
 }
 
 /* Starting a fetch only fills in the transfer; *io is submitted when no lock is held any more. */
-static enum fm_fault_result fault_remote(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t want, struct hand *h,
-                                         uint32_t *took, struct fm_io **io)
+static enum fm_fault_result fault_remote(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t bits, uint32_t want,
+                                         struct hand *h, uint32_t *took, struct fm_io **io)
 {
     uint32_t n = remote_run(b, i, want < h->n ? want : h->n);
     if (h->n == 0)
         return FM_FAULT_NO_FRAME;
     fm_assert(n >= 1);
     uint32_t f = use_hand(h, n);
-    fetch_begin(c, b, i, f, n, n >= FM_WINDOW_MAX / 4);
-    b->flags[i] |= FM_WAITING;
+    bool ahead = (bits & FM_FAULT_AHEAD) != 0;
+    fetch_begin(c, b, i, f, n, !ahead && n >= FM_WINDOW_MAX / 4);
     *io = &c->frame[f].transfer;
     *took = n;
-    fm_add(c->count->faults_fetch, 1);
+    fm_add(c->count->pages_prefetched, ahead ? n : n - 1);
+    if (!ahead) {
+        b->flags[i] |= FM_WAITING;
+        fm_add(c->count->faults_fetch, 1);
+    }
     return FM_FAULT_WAIT;
 }
 
@@ -167,14 +170,15 @@ static enum fm_fault_result fault_missing(struct fm_core *c, struct fm_block *b,
     return FM_FAULT_DONE;
 }
 
-static enum fm_fault_result fault_staged(struct fm_core *c, struct fm_block *b, uint32_t i, bool *marker)
+static enum fm_fault_result fault_staged(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t bits, bool *marker)
 {
     uint32_t f = b->frame[i];
     enum fm_res r;
+    bool ahead = (bits & FM_FAULT_AHEAD) != 0;
     fm_assert(f != FM_FRAME_NONE && c->frame[f].page == b->page + i);
     if (c->frame[f].io != 0) {
         b->flags[i] |= FM_WAITING;           /* the bytes are being sent from this frame */
-        fm_add(c->count->faults_wait, 1);
+        fm_add(c->count->faults_wait, !ahead);
         return FM_FAULT_WAIT;
     }
     bool was_staged = fm_frame_unstage(c, f);
@@ -185,6 +189,8 @@ static enum fm_fault_result fault_staged(struct fm_core *c, struct fm_block *b, 
             fm_frame_stage(c, f);
         return settle(c, b, i, r == FM_EXIST ? FM_GONE : r);
     }
+    if (ahead)
+        return FM_FAULT_DONE;
     *marker = mark;
     fm_add(c->count->faults_rescue, 1);
     if (mark)
@@ -209,7 +215,7 @@ static void prefetch(struct fm_core *c, uint64_t from, uint32_t n)
             if (run > 0) {
                 uint32_t f = use_hand(&h, run);
                 fetch_begin(c, b, i, f, run, run == n || run >= FM_WINDOW_MAX / 4);
-                fm_add(c->count->pages_prefetched, 1);
+                fm_add(c->count->pages_prefetched, run);
                 io = &c->frame[f].transfer;
                 step = run;
             }
@@ -242,20 +248,24 @@ static enum fm_fault_result look(struct fm_core *c, struct fm_block *b, uint32_t
             }
             if ((there & 1) == 0)
                 return fault_missing(c, b, i);
+            if ((bits & FM_FAULT_AHEAD) != 0)
+                return FM_FAULT_HERE;
         }
         return fault_resident(c, b, i, bits);
     case FM_LEAVING:
     case FM_ARRIVING:
         b->flags[i] |= FM_WAITING;
-        fm_add(c->count->faults_wait, 1);
+        fm_add(c->count->faults_wait, (bits & FM_FAULT_AHEAD) == 0);
         return FM_FAULT_WAIT;
     case FM_STAGED:
-        return fault_staged(c, b, i, marker);
+        return fault_staged(c, b, i, bits, marker);
     case FM_REMOTE:
-        return fault_remote(c, b, i, want, h, took, io);
+        return fault_remote(c, b, i, bits, want, h, took, io);
     case FM_LOST:
         break;
     }
+    if ((bits & FM_FAULT_AHEAD) != 0)
+        return FM_FAULT_LOST;
     enum fm_res r = c->ops->poison(c->ctx, b->page + i);
     fm_add(c->count->faults_lost, 1);
     if (r == FM_AGAIN)
@@ -287,19 +297,13 @@ static enum fm_fault_result fault_without_record(struct fm_core *c, uint64_t pag
     return r == FM_AGAIN ? FM_FAULT_RETRY : FM_FAULT_DONE;
 }
 
-enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bits)
+/* Resolve page, whose record is b, with up to want pages from it on. */
+static enum fm_fault_result resolve(struct fm_core *c, struct fm_block *b, uint64_t page, uint32_t bits, uint32_t want,
+                                    uint32_t *took, bool *marker)
 {
-    struct fm_block *b = fm_block_get(c, page);
-    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES), want = 1, took = 0;
     struct hand h = { 0, 0 };
     struct fm_io *io = NULL;
-    bool marker = false;
-    if (b == NULL)
-        return fault_without_record(c, page);
-    uint8_t s = __atomic_load_n(&b->state[i], __ATOMIC_RELAXED);
-    bool plan = s == FM_FRESH || s == FM_REMOTE;
-    if (plan)
-        want = fm_stream_plan(c, page);
+    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
     bool asked = wants_frames(c, b, i);
 again:
     if (asked)
@@ -311,7 +315,7 @@ again:
         return FM_FAULT_RETRY;
     }
     fm_lock_take(&b->lock);
-    enum fm_fault_result r = look(c, b, i, bits, want, &h, &took, &io, &marker);
+    enum fm_fault_result r = look(c, b, i, bits, want, &h, took, &io, marker);
     fm_lock_drop(&b->lock);
     c->ops->leave(c->ctx);
     put_hand(c, &h);
@@ -319,13 +323,40 @@ again:
         asked = true;                        /* the page changed after the guess: nobody has looked for a frame yet */
         goto again;
     }
-    if (plan && took > 0)
-        fm_stream_took(c, page, want, took);
     if (io != NULL)
         c->ops->submit(c->ctx, io);
+    return r;
+}
+
+enum fm_fault_result fm_core_fault(struct fm_core *c, uint64_t page, uint32_t bits)
+{
+    struct fm_block *b = fm_block_get(c, page);
+    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES), want = 1, took = 0;
+    bool marker = false;
+    if (b == NULL)
+        return fault_without_record(c, page);
+    uint8_t s = __atomic_load_n(&b->state[i], __ATOMIC_RELAXED);
+    bool plan = s == FM_FRESH || s == FM_REMOTE;
+    if (plan)
+        want = fm_stream_plan(c, page);
+    enum fm_fault_result r = resolve(c, b, page, bits, want, &took, &marker);
+    if (plan && took > 0)
+        fm_stream_took(c, page, want, took);
     uint64_t from;
     uint32_t ahead;
     while (marker && (ahead = fm_stream_ahead(c, page, &from)) > 0)
         prefetch(c, from, ahead);
     return r;
+}
+
+enum fm_fault_result fm_core_bring(struct fm_core *c, uint64_t page, uint32_t n)
+{
+    struct fm_block *b = fm_block_get(c, page);
+    uint32_t took = 0;
+    bool marker = false;
+    fm_assert(n >= 1);
+    if (b == NULL)
+        return FM_FAULT_NO_FRAME;
+    n = n < FM_WINDOW_MAX ? n : FM_WINDOW_MAX;
+    return resolve(c, b, page, FM_FAULT_WRITE | FM_FAULT_AHEAD, n, &took, &marker);
 }

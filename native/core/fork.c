@@ -12,7 +12,7 @@
 
 static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t there)
 {
-    b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP;
+    b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_PINNED;
     b->frame[i] = FM_FRAME_NONE;
     switch ((enum fm_state)b->state[i]) {
     case FM_LEAVING:

@@ -8,6 +8,19 @@
 #include "core/core.h"
 #include "fm_assert.h"
 
+bool fm_page_reclaim(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    uint32_t f = b->frame[i];
+    if (!fm_frame_unstage(c, f))
+        return false;
+    fm_assert(b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0);
+    b->frame[i] = FM_FRAME_NONE;
+    b->flags[i] &= (uint16_t)~FM_MARKER;
+    fm_state_set(c, b, i, FM_REMOTE);
+    fm_frames_put(c, f, 1, FM_FRAME_FREE);
+    return true;
+}
+
 uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
 {
     uint32_t made = 0, tries = c->frames_n, f;
@@ -17,14 +30,8 @@ uint32_t fm_core_reclaim(struct fm_core *c, uint32_t n)
         if (b != NULL) {
             fm_lock_take(&b->lock);
             uint32_t i = (uint32_t)(c->frame[f].page - b->page);
-            if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fm_frame_unstage(c, f)) {
-                fm_assert(b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0);
-                b->frame[i] = FM_FRAME_NONE;
-                b->flags[i] &= (uint16_t)~FM_MARKER;
-                fm_state_set(c, b, i, FM_REMOTE);
-                fm_frames_put(c, f, 1, FM_FRAME_FREE);
+            if (i < FM_BLOCK_PAGES && b->frame[i] == f && b->state[i] == FM_STAGED && fm_page_reclaim(c, b, i))
                 made++;
-            }
             fm_lock_drop(&b->lock);
         }
         c->ops->leave(c->ctx);

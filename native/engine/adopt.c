@@ -337,6 +337,8 @@ static void look_at_maps(void)
 bool fm_adopt_scan(void)
 {
     uint64_t seen = fm.mm_events;
+    if (fm.regions_only)
+        return true;
     if (fm_uffd_changing())
         return false;
     look_at_maps();
@@ -357,6 +359,25 @@ bool fm_adopt_scan(void)
         fm_tcbs_keep();
     }
     return same;
+}
+
+enum fm_res fm_adopt_range(uint64_t start, uint64_t end)
+{
+    bool all = true;
+    fm_world_take(&fm.world);
+    bool changing = fm_uffd_changing();
+    if (!changing) {
+        found[0] = (struct span){ start, end };
+        found_n = 1;
+        only_new();
+        for (uint32_t k = 0; k < found_n; k++)
+            all = take_over(found[k].start, found[k].end) && all;
+    }
+    fm_world_release(&fm.world);
+    if (changing || !all)
+        return changing ? FM_AGAIN : FM_REFUSED;
+    found_pages(start, end);
+    return FM_OK;
 }
 
 void fm_managed_advise(int advice)

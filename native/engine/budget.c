@@ -117,6 +117,10 @@ static int64_t elsewhere_pages(int64_t anonymous)
 
 struct fm_usage fm_usage(void)
 {
+    if (fm.regions_only) {              /* these alone are on the budget */
+        int64_t pages = __atomic_load_n(&fm.core.local_pages, __ATOMIC_RELAXED);
+        return (struct fm_usage){ .anonymous_pages = pages, .local_pages = pages };
+    }
     int64_t anonymous = anonymous_pages();
     return (struct fm_usage){ .anonymous_pages = anonymous, .local_pages = anonymous - elsewhere_pages(anonymous) };
 }

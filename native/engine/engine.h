@@ -9,7 +9,7 @@
  *   watch.c     the watcher: adoption, new mappings           evictor.c the evictor's thread
  *   budget.c    this process's memory and its share
  *   fork.c      fork: freeze, child                           say.c     messages
- *   tcbs.c      where threads' control blocks lie
+ *   tcbs.c      where threads' control blocks lie            region.c  the Python API's calls
  *   ../fronts/thread.c  the thread that reads the userfaultfd
  */
 #ifndef FM_ENGINE_H
@@ -57,6 +57,7 @@ struct fm_engine {
     char exe[4096];
 
     uint32_t state;                    /* enum fm_engine_state */
+    bool regions_only;                 /* no `farmem run`: what the program asks for is managed, and nothing else */
     uint32_t pid;
     uint32_t slot;
     int sock, statm, maps, pagemap, mem, tasks, rollup, uffd;    /* in the engine's descriptor table */
@@ -109,6 +110,9 @@ struct fm_engine {
 
 extern struct fm_engine fm;
 
+/* ../preload/shim.c */
+bool fm_join(const char *job, const char *defects);       /* "NAME:TOKEN"; starts the watcher */
+
 /* threads.c */
 bool fm_thread_start(void (*run)(void *), void *arg);
 void *fm_heap_take(uint64_t bytes);                        /* zeroed, page-aligned; NULL: none left */
@@ -144,6 +148,7 @@ enum fm_res fm_uffd_meaning(long err);
 bool fm_adopt(void);                   /* false: it can't be done, and has been said */
 bool fm_adopt_scan(void);              /* mappings that have appeared since; false: try again, the world is changing */
 bool fm_adopt_forked(uint32_t slot);   /* in the child of a fork; false: it can't go on */
+enum fm_res fm_adopt_range(uint64_t start, uint64_t end);   /* a region; FM_AGAIN: the world is changing */
 void fm_managed_advise(int advice);
 bool fm_mapped(uint64_t start, uint64_t end);   /* is any mapping there? */
 
@@ -159,6 +164,7 @@ void fm_tcbs_reset(void);
 void fm_watch_main(void *arg);
 void fm_watch_loop(void);
 uint64_t fm_watch_look(void);
+bool fm_watch_adopt(void);             /* now, short of memory or not; false: it can't be done */
 bool fm_descriptors_open(void);
 
 /* budget.c */
@@ -177,6 +183,14 @@ uint64_t fm_budget_share(uint64_t mine);
 void fm_evictor_main(void *arg);
 void fm_evictor_ring(void);
 void fm_park(uint64_t page, uint32_t bits, uint64_t since_ns);
+
+/* region.c */
+bool fm_region_serve(void);            /* evictor: one step of each call; true: look again before sleeping */
+bool fm_region_called(void);           /* is there any? */
+bool fm_region_starved(void);          /* ... that waits for a frame? */
+void fm_region_watch(uint64_t wait_ns);   /* watcher: sleeps, and serves calls */
+void fm_region_joined(void);
+void fm_region_forked(bool managed);
 
 /* ../fronts/thread.c */
 void fm_front_thread_main(void *arg);

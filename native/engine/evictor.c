@@ -105,6 +105,7 @@ static void give_over_budget(struct fm_core *c)
         return;
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
     retry_parked();
+    fm_region_serve();
     __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
 }
 
@@ -120,9 +121,10 @@ void fm_evictor_main(void *arg)
         }
         bool did = step(c);
         retry_parked();
+        did |= fm_region_serve();
         if (did)
             continue;
-        if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0)
+        if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0 || fm_region_starved())
             give_over_budget(c);
         __atomic_store_n(&fm.evictor_sleeps, 1, __ATOMIC_SEQ_CST);
         int64_t wait = fm.parked_n > 0 ? 1000000 : IDLE_NS;

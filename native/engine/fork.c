@@ -359,6 +359,7 @@ void fm_fork_child(void)
     uint64_t mask = fm.fork_signals;
     reset_locks();
     fm.shares_memory = 1;
+    fm_region_forked(managed);
     fm.pid = (uint32_t)getpid();
     if (!managed) {
         if (fm.state == FM_ENGINE_WATCHING)

@@ -270,7 +270,7 @@ static void op_message(void *ctx, int level, const char *text, uint64_t number)
 static void op_frames_freed(void *ctx)
 {
     (void)ctx;
-    if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0)
+    if (__atomic_load_n(&fm.parked_n, __ATOMIC_ACQUIRE) > 0 || fm_region_called())
         fm_evictor_ring();
 }
 
@@ -311,7 +311,8 @@ static int open_one(void)
         fm_sys(SYS_close, dev);
         return (int)fd;
     }
-    return (int)fm_sys(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    int flags = fm.control->userfaultfd_way == FM_UFFD_USER_MODE ? FM_USER_MODE_ONLY : 0;
+    return (int)fm_sys(SYS_userfaultfd, flags | O_CLOEXEC | O_NONBLOCK);
 }
 
 static bool handshake(int fd, uint64_t want, uint64_t *has)

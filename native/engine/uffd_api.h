@@ -31,6 +31,8 @@ struct fm_uffdio_poison {
 };
 #define FM_UFFDIO_POISON _IOWR(0xAA, 0x08, struct fm_uffdio_poison)
 
+#define FM_USER_MODE_ONLY 1           /* UFFD_USER_MODE_ONLY: a flag of the system call, Linux 5.11 */
+
 #define FM_USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 
 struct fm_page_region {

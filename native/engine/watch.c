@@ -93,6 +93,13 @@ static void adopt_now(uint64_t share)
     fm_lock_drop(&fm.fork_lock);
 }
 
+bool fm_watch_adopt(void)
+{
+    if (fm.state != FM_ENGINE_ADOPTED && !fm.gave_up)
+        adopt_now(fm_budget_share(fm.proc->local_bytes + fm.proc->remote_bytes));
+    return fm.state == FM_ENGINE_ADOPTED;
+}
+
 /* How long to wait before the next look. */
 uint64_t fm_watch_look(void)
 {
@@ -118,7 +125,7 @@ void fm_watch_loop(void)
             fm_say(FM_LEVEL_WARNING, "the supervisor has gone: going on without it.", 0);
             fm_keeper_start();
         }
-        fm_sleep_ns(wait);
+        fm_region_watch(wait);
     }
 }
 
@@ -147,5 +154,6 @@ void fm_watch_main(void *arg)
         __atomic_store_n(&fm.state, FM_ENGINE_NONE, __ATOMIC_RELEASE);
         return;
     }
+    fm_region_joined();
     fm_watch_loop();
 }

@@ -97,6 +97,8 @@ static void resolve(uint64_t page, uint32_t bits, uint64_t since_ns)
         return;
     case FM_FAULT_DONE:
     case FM_FAULT_WAIT:
+    case FM_FAULT_HERE:                 /* these two are not about faults */
+    case FM_FAULT_LOST:
         break;
     }
     fm_add(fm.proc->counters.stall_ns, fm_now_ns() - since_ns);

@@ -168,7 +168,12 @@ enum fm_flag {
 };
 
 enum fm_backend_kind { FM_BACKEND_MEM = 1 };
-enum fm_uffd_way { FM_UFFD_NONE = 0, FM_UFFD_SYSCALL = 1, FM_UFFD_DEVICE = 2 };
+enum fm_uffd_way {
+    FM_UFFD_NONE = 0,
+    FM_UFFD_SYSCALL = 1,
+    FM_UFFD_DEVICE = 2,
+    FM_UFFD_USER_MODE = 3             /* for regions alone: a system call that meets a missing page fails with EFAULT */
+};
 
 /* What travels on the job's socket (abstract, SOCK_SEQPACKET).  FARMEM_JOB in the
  * environment is "NAME:TOKEN" (the token in hex); the socket's address is "\0" NAME. */

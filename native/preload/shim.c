@@ -27,6 +27,8 @@
 
 struct fm_engine fm;
 
+extern char __ehdr_start[] __attribute__((visibility("hidden")));
+
 /* ---- joining the job ------------------------------------------------------------------------------------ */
 
 static bool parse_token(const char *hex)
@@ -85,6 +87,31 @@ static uint64_t static_tls_bytes(void)
     return bytes;
 }
 
+bool fm_join(const char *job, const char *defects)
+{
+    static bool has_handlers;
+    if (!parse_job(job))
+        return false;
+    ssize_t n = readlink("/proc/self/exe", fm.exe, sizeof fm.exe - 1);
+    fm.exe[n > 0 ? n : 0] = 0;
+    fm.early_defects = early_defects(defects);
+    fm.tls_bytes = static_tls_bytes();
+    fm.state = FM_ENGINE_WATCHING;
+    has_handlers = has_handlers || pthread_atfork(fm_fork_prepare_libc, fm_fork_parent, fm_fork_child) == 0;
+    if (!has_handlers || !fm_thread_start(fm_watch_main, NULL))
+        fm.state = FM_ENGINE_NONE;
+    return fm.state != FM_ENGINE_NONE;
+}
+
+/* Are we in front of libc?  When the Python API has loaded us for its regions we are not, and the program's calls don't
+ * come by here. */
+static bool is_preloaded(void)
+{
+    Dl_info info;
+    void *seen = dlsym(RTLD_DEFAULT, "pthread_create");
+    return seen != NULL && dladdr(seen, &info) != 0 && info.dli_fbase == (void *)__ehdr_start;
+}
+
 /* The library is linked with -z initfirst, so this runs before any other's constructor and our fork handlers are the first
  * to be registered: the last to run before a fork, and the first in the child, where everybody else's handlers
  * would read zeros before ours.  It is so early that libc has not taken over the environment yet: no getenv(). */
@@ -92,15 +119,9 @@ __attribute__((constructor)) static void join(int argc, char **argv, char **envi
 {
     (void)argc;
     (void)argv;
-    if (!parse_job(word_of(environment, "FARMEM_JOB")))
-        return;
-    ssize_t n = readlink("/proc/self/exe", fm.exe, sizeof fm.exe - 1);
-    fm.exe[n > 0 ? n : 0] = 0;
-    fm.early_defects = early_defects(word_of(environment, "FARMEM_TEST_DEFECTS"));
-    fm.tls_bytes = static_tls_bytes();
-    fm.state = FM_ENGINE_WATCHING;
-    if (pthread_atfork(fm_fork_prepare_libc, fm_fork_parent, fm_fork_child) != 0 || !fm_thread_start(fm_watch_main, NULL))
-        fm.state = FM_ENGINE_NONE;
+    const char *job = word_of(environment, "FARMEM_JOB");
+    if (job != NULL && is_preloaded())
+        fm_join(job, word_of(environment, "FARMEM_TEST_DEFECTS"));
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------- */

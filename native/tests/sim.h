@@ -26,6 +26,7 @@
 #define FAULTS_MAX 256u
 #define EVENTS_MAX 64u
 #define PINS_MAX 8u
+#define PINNED_MAX 6u                         /* pages that the program asked for to stay */
 #define HELD_MAX 16u
 #define CO_MAX 16u
 #define THREADS 4u

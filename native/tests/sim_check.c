@@ -41,7 +41,7 @@ static int64_t check_frames(const struct fm_core *c)
     return memory;
 }
 
-struct tally { int64_t local, remote; };
+struct tally { int64_t local, remote, pinned; };
 
 static void check_presence(const struct fm_block *b, uint32_t i)
 {
@@ -72,6 +72,7 @@ static void check_page(const struct fm_block *b, uint32_t i, struct tally *t)
     bool holds = s == FM_LEAVING || s == FM_STAGED || s == FM_ARRIVING;
     sim_expect(holds == (f != FM_FRAME_NONE) || (fm_in_limbo(b) && s == FM_LEAVING), "page %u: state %u, frame %u", i, s, f);
     t->remote += s == FM_REMOTE;
+    t->pinned += (b->flags[i] & FM_PINNED) != 0;
     t->local += s == FM_RESIDENT || (s == FM_LEAVING && (copied || f == FM_FRAME_NONE));
     sim_expect(s != FM_FRESH || b->slot[i] == FM_SLOT_NONE, "page %u is fresh and has a slot", i);
     if (b->slot[i] != FM_SLOT_NONE)
@@ -120,7 +121,7 @@ static void check_waiters(void)
 void sim_check(void)
 {
     struct fm_core *c = S.core;
-    struct tally t = { 0, 0 };
+    struct tally t = { 0, 0, 0 };
     memset(used, 0, sizeof used);
     t.local = check_frames(c);
     for (const struct fm_block *b = c->blocks; b != NULL; b = b->next)
@@ -132,6 +133,8 @@ void sim_check(void)
     sim_expect(t.remote == c->remote_pages, "%lld pages are remote, counted %lld", (long long)t.remote,
                (long long)c->remote_pages);
     sim_expect(t.local == c->local_pages, "%lld pages are local, counted %lld", (long long)t.local, (long long)c->local_pages);
+    sim_expect(t.pinned == c->pinned_pages, "%lld pages are pinned, counted %lld", (long long)t.pinned,
+               (long long)c->pinned_pages);
     check_ledger(c);
     check_waiters();
 }

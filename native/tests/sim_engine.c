@@ -164,6 +164,47 @@ static bool thawed(void *arg)
     return !S.freeze && !S.gate;
 }
 
+/* What a program asks for its own pages.  Few pins, or no budget would be large enough. */
+static void asked(void)
+{
+    struct fm_core *c = S.core;
+    struct fm_tally t = { .first_lost = FM_PAGE_NONE };
+    uint64_t page = program_page(), n = 1 + sim_rnd(60);
+    uint32_t done;
+    struct fm_range piece;
+    if (!fm_ranges_next(&c->managed, page, page + n, &piece))
+        return;
+    page = piece.page;
+    n = piece.end - piece.page;
+    switch (sim_rnd(7)) {
+    case 0:
+        fm_core_tally(c, page, n, &t);
+        sim_expect(t.resident + t.moving + t.remote + t.fresh + t.lost == n, "a page was counted twice, or not at all");
+        break;
+    case 1:
+        if (c->pinned_pages < PINNED_MAX)
+            fm_core_pin(c, page, n < PINNED_MAX - (uint64_t)c->pinned_pages ? n : PINNED_MAX - (uint64_t)c->pinned_pages);
+        break;
+    case 2:
+        fm_core_unpin(c, page, n);
+        break;
+    case 3:
+        fm_core_evict_range(c, page, (uint32_t)n, &done);
+        sim_expect(done <= n, "more was evicted than was asked for");
+        break;
+    case 4:
+        fm_core_leave_staging(c, page, n);
+        break;
+    case 5:
+        fm_stream_advise(c, page, page + n, (enum fm_advice)sim_rnd(FM_ADVICES));
+        break;
+    default:
+        for (uint32_t k = 0; k < n && !S.freeze; k++)
+            fm_core_bring(c, page + k, (uint32_t)(n - k));
+        break;
+    }
+}
+
 static void evict_step(void)
 {
     struct fm_core *c = S.core;
@@ -180,6 +221,8 @@ static void evict_step(void)
         fm_core_evict(c, 0);
     } else if (what == 7 && sim_chance(4)) {
         fm_core_recount(c, program_page(), 1 + sim_rnd(700));
+    } else if (what == 7 && !S.stop) {
+        asked();
     }
     S.freed_seq++;
 }

@@ -25,6 +25,8 @@ static void fresh(uint32_t frames)
 {
     if (core != NULL) {
         free(core->managed.at);
+        for (uint32_t k = 0; k < FM_ADVICES; k++)
+            free(core->advised[k].at);
         free(core->queue);
         free(core);
     }
@@ -198,6 +200,25 @@ static void scattered_faults_make_no_stream(void)
         CHECK(fm_stream_plan(core, 5000 + k * 7919 % 4000) == 1);
 }
 
+static void advice_changes_the_windows(void)
+{
+    uint64_t page = 1000;
+    fresh(8);
+    fm_stream_advise(core, 1000, 2000, FM_ADVICE_RANDOM);
+    for (uint32_t k = 0; k < 10; k++)
+        CHECK(fm_stream_plan(core, page++) == 1);
+    fm_stream_advise(core, 1500, 3000, FM_ADVICE_SEQUENTIAL);      /* the last word counts */
+    CHECK(fm_stream_plan(core, 1499) == 1);
+    CHECK(fm_stream_plan(core, 1700) == FM_WINDOW_MAX);
+    CHECK(fm_stream_plan(core, 2999) == FM_WINDOW_MAX);
+    CHECK(fm_stream_plan(core, 3500) == 1);
+    CHECK(fm_stream_plan(core, 3501) == 4);
+    fm_stream_advise(core, 0, 5000, FM_ADVICE_NORMAL);
+    CHECK(core->advised[FM_ADVICE_RANDOM].n == 0 && core->advised[FM_ADVICE_SEQUENTIAL].n == 0);
+    CHECK(fm_stream_plan(core, 1200) == 1);
+    CHECK(fm_stream_plan(core, 1201) == 4);
+}
+
 int main(void)
 {
     ranges_merge_and_are_cut();
@@ -209,6 +230,7 @@ int main(void)
     the_oldest_staged_frame_comes_first();
     a_stream_doubles_its_window();
     scattered_faults_make_no_stream();
+    advice_changes_the_windows();
     fresh(8);
     free(core);
     return 0;

@@ -184,4 +184,4 @@ def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
             os.kill(supervisor, signal.SIGCONT)
         result = job.finish(30)
         assert result.stdout == b"ok\n"
-        assert b"not managed" in result.stderr, result.describe()
+        assert b"can't be managed" in result.stderr, result.describe()
