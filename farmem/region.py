@@ -8,10 +8,11 @@ here; there is one per process, and one engine.
 The engine does the work (engine.py); here is what a program sees of it.
 """
 
+import math
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -360,7 +361,14 @@ class Region:
         except ImportError as error:
             raise FarmemError("ndarray() needs numpy", "pip install numpy") from error
         try:
-            return numpy.ndarray(shape, dtype, buffer=self._map, offset=offset)
+            sizes = list(shape) if isinstance(shape, Iterable) else [shape]
+            if min(sizes, default=1) < 0:
+                raise ValueError("a size is negative")
+            count = math.prod(sizes)
+            # Not numpy.ndarray(buffer=...): it lets go of the export at once.
+            if count == 0:
+                return numpy.empty(sizes, dtype)
+            return numpy.frombuffer(self._map, dtype, count, offset).reshape(sizes)
         except (TypeError, ValueError) as error:
             raise FarmemError(
                 f"no array of shape {shape!r} and type {dtype!r} at offset {offset} of a region "

@@ -20,24 +20,35 @@ def start_job(wanted: dict[str, Any]) -> str:
     """Start a job and its supervisor for this process; NAME:TOKEN, the way to it."""
     if not sys.executable:
         raise FarmemError("the supervisor can't be started: Python does not know its program", _HINT)
-    folders = [path or os.getcwd() for path in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     request = {**wanted, "pid": os.getpid(), "command": sys.orig_argv}
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "farmem.regionjob"],
-            input=json.dumps(request).encode(),
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-            check=False,
-        )
-        answer = json.loads(done.stdout)
+        try:
+            answer = _ask(sys.executable, request)
+        except PermissionError:
+            # The program has given up privileges since it was started, and lies where it can't
+            # reach any more; the kernel still knows it.
+            answer = _ask("/proc/self/exe", request)
     except (OSError, ValueError) as error:
         raise FarmemError(f"the supervisor could not be started: {error}", _HINT) from error
     if "what" in answer:
         raise FarmemError(answer["what"], answer["hint"])
     return str(answer["job"])
+
+
+def _ask(executable: str, request: dict[str, Any]) -> dict[str, str]:
+    """Start the other interpreter; it finds its modules where we found ours."""
+    folders = [path or os.getcwd() for path in sys.path]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "farmem.regionjob"],
+        executable=executable,
+        input=json.dumps(request).encode(),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        start_new_session=True,
+        check=False,
+    )
+    answer: dict[str, str] = json.loads(done.stdout)
+    return answer
 
 
 def _request(wanted: dict[str, Any]) -> Any:
