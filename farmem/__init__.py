@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from farmem.errors import FarmemError, PageLost, RegionInUse
-    from farmem.region import Budget, BudgetStats, Region, RegionStats
+    from farmem.region import Region, RegionStats
+    from farmem.regionbudget import Budget, BudgetStats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,10 +30,18 @@ __all__ = [
     "RegionStats",
     "__version__",
 ]
-_ERRORS = ("FarmemError", "PageLost", "RegionInUse")
+_HOMES = {
+    "FarmemError": "errors",
+    "PageLost": "errors",
+    "RegionInUse": "errors",
+    "Region": "region",
+    "RegionStats": "region",
+    "Budget": "regionbudget",
+    "BudgetStats": "regionbudget",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module 'farmem' has no attribute {name!r}")
-    return getattr(import_module("farmem.errors" if name in _ERRORS else "farmem.region"), name)
+    return getattr(import_module(f"farmem.{_HOMES[name]}"), name)

@@ -38,7 +38,7 @@ class Engine:
         """Join the job NAME:TOKEN; without one only find out whether that was done."""
         defects = os.environb.get(DEFECTS_VARIABLE)
         self._mode = self._api.start(job.encode() if job else ffi.NULL, defects or ffi.NULL)
-        return self._mode != lib.FM_REGION_MODE_NONE
+        return bool(self._mode != lib.FM_REGION_MODE_NONE)
 
     def start_inherited(self) -> bool:
         """Join the job that this program was started in; False: it was not."""
@@ -55,7 +55,7 @@ class Engine:
     @property
     def manages_all(self) -> bool:
         """`farmem run` started this program: all its memory is managed, not regions alone."""
-        return self._mode == lib.FM_REGION_MODE_PROGRAM
+        return bool(self._mode == lib.FM_REGION_MODE_PROGRAM)
 
     @property
     def control(self) -> Any:

@@ -19,7 +19,9 @@ _HINT = "see that Python can be started from here, and try again"
 def start_job(wanted: dict[str, Any]) -> str:
     """Start a job and its supervisor for this process; NAME:TOKEN, the way to it."""
     if not sys.executable:
-        raise FarmemError("the supervisor can't be started: Python does not know its program", _HINT)
+        raise FarmemError(
+            "the supervisor can't be started: Python does not know its program", _HINT
+        )
     request = {**wanted, "pid": os.getpid(), "command": sys.orig_argv}
     try:
         try:

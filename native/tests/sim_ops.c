@@ -143,8 +143,9 @@ static enum fm_res op_move_out(void *ctx, uint64_t page, uint32_t frame, uint32_
     (void)ctx;
     enum fm_res r = FM_OK;
     *done = 0;
+    const uint16_t *flags = fm_block_find(S.core, page)->flags + page % FM_BLOCK_PAGES;
     for (uint32_t k = 0; k < n; k++)
-        sim_expect((fm_block_find(S.core, page + k)->flags[(page + k) % FM_BLOCK_PAGES] & FM_PINNED) == 0, "a pinned page leaves");
+        sim_expect((flags[k] & FM_PINNED) == 0, "a pinned page leaves");
     sim_point();
     if (n > 1 && crosses(page, n))
         r = FM_REFUSED;
