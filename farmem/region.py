@@ -216,7 +216,8 @@ class Region:
         >>> region.unpin(0, 1 << 20)
 
         Pins count in the budget, and don't nest: one unpin() ends any number of them.  A pin that
-        leaves the engine too little to work in is refused, and nothing is pinned then.
+        leaves the engine too little to work in is refused.  When bytes turn out to be lost on the
+        way, or you interrupt it, all of the range is unpinned.
         """
         try:
             self._call(lib.FM_REGION_PIN, offset, length)

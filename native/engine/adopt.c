@@ -449,18 +449,18 @@ static void mark_adopted(void)
 bool fm_adopt(void)
 {
     if (!fm_uffd_open() || !fm_heap_open() || !staging_open()) {
-        fm_say(FM_LEVEL_ERROR, "memory is short, but userfaultfd or memory for the engine can't be had here: not managed.", 0);
+        fm_say(FM_LEVEL_ERROR, "memory can't be managed: userfaultfd, or memory for the engine, can't be had here.", 0);
         return false;
     }
     core_setup();
     fm_core_init(&fm.core, FM_FRAMES);
     if (!pool_open() || !fm_wire_adopt()) {
-        fm_say(FM_LEVEL_ERROR, "memory is short, but the pool or the supervisor can't be had: not managed.", 0);
+        fm_say(FM_LEVEL_ERROR, "memory can't be managed: the pool or the supervisor can't be had.", 0);
         return false;
     }
     fm.pagemap_scan = true;
     if (!fm_thread_start(fm_front_thread_main, NULL) || !fm_thread_start(fm_evictor_main, NULL)) {
-        fm_say(FM_LEVEL_ERROR, "memory is short, but the engine can't have threads here: not managed.", 0);
+        fm_say(FM_LEVEL_ERROR, "memory can't be managed: the engine can't have threads here.", 0);
         return false;
     }
     mark_adopted();

@@ -211,8 +211,12 @@ def test_the_budget_changes_while_it_is_used() -> None:
 
 
 def test_views_keep_a_region_open() -> None:
+    """torch is too large to be installed for this; where it is, its tensors are views as well."""
     run(
         """
+        import importlib.util
+        HAS_TORCH = importlib.util.find_spec("torch") is not None
+
         def views(region):
             yield region.view()
             yield region.view()[10:20]
@@ -222,10 +226,14 @@ def test_views_keep_a_region_open() -> None:
             yield np.from_dlpack(region.ndarray((10, 10), "f4"))
             yield region.__buffer__(0)
             yield np.asarray(region.view())
+            if HAS_TORCH:
+                import torch
+                yield torch.from_numpy(region.ndarray(100, "f4"))
+                yield torch.from_dlpack(region)[5:]
 
         budget = farmem.Budget("16M")
         count = 0
-        for number in range(8):
+        for number in range(10 if HAS_TORCH else 8):
             region = farmem.Region("1M")
             view = list(views(region))[number]
             gc.collect()
@@ -242,7 +250,7 @@ def test_views_keep_a_region_open() -> None:
             region.close()
             assert region.closed and "closed" in repr(region)
             count += 1
-        assert count == 8
+        assert count >= 8
 
         # An error on its way out is not hidden by the refusal; the memory goes with the views.
         with refused(ZeroDivisionError):
@@ -383,6 +391,42 @@ def test_threads_use_and_steer_regions_at_once() -> None:
     )
 
 
+def test_regions_come_and_go() -> None:
+    """Addresses are used again at once, by other threads: what belonged to the old region must not
+    show in the new one, and its end must not take the new one's pages."""
+    run(
+        """
+        budget = farmem.Budget("16M", filters=["delay:rtt=50us"])
+        failures = []
+
+        def work(number):
+            dice = random.Random(number)
+            try:
+                for turn in range(25):
+                    region = farmem.Region(dice.randrange(1, 6 * MIB))
+                    array = region.ndarray(len(region) // 8, "u8")
+                    assert not array.any(), "zeros until it is written"
+                    array[:] = expected(0, len(array), number * 100 + turn)
+                    if turn % 3 == 0:
+                        region.evict()
+                    verify(array, seed=number * 100 + turn)
+                    del array
+                    region.close()
+            except BaseException as error:
+                failures.append(repr(error))
+
+        threads = [threading.Thread(target=work, args=[number]) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        stats = budget.stats()
+        assert stats.remote_bytes == 0 and stats.counters["pages_evicted"] > 10000, stats
+        """
+    )
+
+
 def test_willneed_can_be_interrupted() -> None:
     """Ctrl-C during a call that would take very long; the pins of a pin() are taken back."""
     run(
@@ -469,6 +513,25 @@ def test_no_address_space_is_told() -> None:
         """
     )
     assert "address space" in done.stderr
+
+
+def test_an_engine_that_gets_nothing_is_told() -> None:
+    """No descriptor is left for the engine: no region, and the program goes on."""
+    done = run(
+        """
+        import resource
+        budget = farmem.Budget("16M")
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (6, before[1]))
+        with refused(farmem.FarmemError, "can't work in this process"):
+            farmem.Region("1M")
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        with refused(farmem.FarmemError, "can't work in this process"):
+            farmem.Region("1M")
+        assert budget.stats().local_bytes == 0
+        """
+    )
+    assert "can't be managed" in done.stderr
 
 
 def test_importing_farmem_costs_nothing() -> None:
