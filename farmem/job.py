@@ -26,6 +26,7 @@ ffi, lib = _native.ffi, _native.lib
 
 _MFD_NOEXEC_SEAL = 0x8  # Linux 6.3; not in Python's os yet
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+LISTEN_BACKLOG = 128
 JOB_VARIABLE = b"FARMEM_JOB"
 DEFECTS_VARIABLE = b"FARMEM_TEST_DEFECTS"
 EVICT_VARIABLE = b"FARMEM_TEST_EVICT"
@@ -50,14 +51,15 @@ class Memory:
     """A memfd, mapped here."""
 
     def __init__(self, name: str, size_bytes: int) -> None:
-        self.fd = _memfd(name)
+        self.fd = memfd(name)
         os.ftruncate(self.fd, size_bytes)
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self.map = mmap.mmap(self.fd, size_bytes)
         self.pointer: Any = ffi.from_buffer(self.map)
 
 
-def _memfd(name: str) -> int:
+def memfd(name: str) -> int:
+    """A new, empty memfd that can be sealed."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
@@ -81,7 +83,7 @@ class Job:
         self.ledger, self.pool = _open_pool(request.pool)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(f"\0{self.name}")
-        self.listener.listen(128)
+        self.listener.listen(LISTEN_BACKLOG)
         self.listener.setblocking(False)
 
     def _fill_control(self) -> None:

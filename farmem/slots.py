@@ -16,6 +16,25 @@ ffi, lib = _native.ffi, _native.lib
 # How long the child of a dead parent may take to say hello before its slot is given back:
 # long for a child that was just forked, short for a job that waits to end.
 FORKING_GRACE_NS = 2_000_000_000
+# What is shown of each process; the rest only as the job's sums.
+_MEMBER_COUNTERS = (
+    "peak_local_bytes",
+    "managed_bytes",
+    "engine_bytes",
+    "pages_fetched",
+    "pages_evicted",
+    "stall_ns",
+)
+
+
+def _command_of(pid: int) -> str:
+    """The kernel's name for a process.  Not its command line: to read that is to read its
+    memory, and could mean to wait for a page of it."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""  # it has just gone
 
 
 class Slots:
@@ -29,6 +48,7 @@ class Slots:
         self._orphans: dict[int, int] = {}
         self._names = [name for name, _ in ffi.typeof("struct fm_counters").fields]
         self._totals = dict.fromkeys(self._names, 0)
+        self.fault_names = [name for name in self._names if name.startswith("faults_")]
         self.peak_local_bytes = 0
 
     def _state(self, slot: int) -> Any:
@@ -106,8 +126,37 @@ class Slots:
         self.peak_local_bytes = max(self.peak_local_bytes, local_bytes)
 
     def totals(self) -> dict[str, int]:
-        """The counters of every process that has gone, summed; the peak is the job's."""
-        return {**self._totals, "peak_local_bytes": self.peak_local_bytes}
+        """The counters of every process that there is or was, summed; the peak is the job's."""
+        live = [self._control.procs[slot].counters for slot in self._in_use]
+        totals = {
+            name: gone + sum(getattr(counters, name) for counters in live)
+            for name, gone in self._totals.items()
+        }
+        return {**totals, "peak_local_bytes": self.peak_local_bytes}
+
+    def members(self) -> list[dict[str, Any]]:
+        """The processes that there are now, and how each of them stands."""
+        found = []
+        for slot in sorted(self._in_use):
+            proc = self._control.procs[slot]
+            counters = proc.counters
+            is_adopted = proc.state == lib.FM_PROC_ADOPTED
+            member = {
+                "pid": proc.pid,
+                "command": _command_of(proc.pid),
+                "state": "adopted" if is_adopted else "watched",
+                "local_bytes": proc.local_bytes,
+                "remote_bytes": proc.remote_bytes,
+                "faults": sum(getattr(counters, name) for name in self.fault_names),
+            }
+            member |= {name: getattr(counters, name) for name in _MEMBER_COUNTERS}
+            found.append(member)
+        return found
+
+    def pool_stored_bytes(self) -> int:
+        """What is in the pool now."""
+        pages: int = lib.fm_pool_ledger_used(self._ledger)
+        return pages * int(lib.FM_PAGE_BYTES)
 
     def pool_peak_bytes(self) -> int:
         """The most that was ever in the pool."""

@@ -2,14 +2,16 @@
 
 It gives out slots of the ledger, holds a duplicate of every userfaultfd until its process
 has gone (when the last copy goes, missing pages read as zeros, even in a dying program's
-last write), prints what the engine has to say, cleans up after the dead, and writes the
-statistics.  It is forked from the command line's process and must stay small: no heavy
-imports, no descriptor of the caller but stderr, nothing that can block for long.
+last write), prints what the engine has to say, cleans up after the dead, answers `farmem stat`
+and `farmem set`, and writes the statistics.  It is forked from the command line's process and
+must stay small: no heavy imports, no descriptor of the caller but stderr, nothing that can
+block for long.
 """
 
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import time
@@ -17,11 +19,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from farmem import _native
-from farmem.job import Job
+from farmem.answers import Answers, may_ask
+from farmem.budget import Budget
+from farmem.job import LISTEN_BACKLOG, Job
 from farmem.messages import Printer, Ring
 from farmem.slots import Slots
-from farmem.statistics import job_statistics, summary, write_statistics
-from farmem.wire import Connection, Hello, Wire, peer_of
+from farmem.statistics import Joined, job_statistics, job_status, summary, write_statistics
+from farmem.wire import Connection, Hello, Question, Wire, peer_of
 
 lib = _native.lib
 
@@ -32,6 +36,9 @@ END_GRACE_NS = 60_000_000
 # Long enough for a command's children to end with it and have their summary printed.
 STDERR_GRACE_NS = 100_000_000
 FLUSH_SECONDS = 1.0
+# Connections that have said nothing yet.  An engine speaks at once; whoever is silent while so
+# many come after it is closed, so that strangers can't use up our descriptors.
+SILENT_MAX = 64
 _STDERR = 2
 
 
@@ -59,11 +66,14 @@ class Supervisor:
     def __init__(self, job: Job, root_pid: int, root_pidfd: int) -> None:
         self._job = job
         self._slots = Slots(job)
+        self._budget = Budget(job.control)
+        self._answers = Answers(self._budget, self._status)
         self._ring = Ring(job.control, lib.FM_LEVEL_WARNING if job.request.quiet else 0)
         self._printer = Printer()
         self._wire = Wire(job.token)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._silent: dict[int, Connection] = {}
         self._processes: dict[int, Process] = {}
         self._root = Process(root_pid, root_pidfd)
         self._watch(self._root)
@@ -71,6 +81,8 @@ class Supervisor:
         self._adopted = 0
         self._alone_since_ns = 0
         self._stderr_kept = True
+        # Once more, by us: whoever connects is told the pid of the process that listened last.
+        job.listener.listen(LISTEN_BACKLOG)
         self._handle(job.listener.fileno(), self._accept)
 
     def run(self) -> None:
@@ -82,6 +94,7 @@ class Supervisor:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler()
+            self._close_silent()
             self._slots.sample()
             if self._slots.has_orphans:
                 self._slots.release_orphans()
@@ -91,7 +104,7 @@ class Supervisor:
         """Write what is left of the job."""
         self._print_messages(is_last=True)
         if was_launched:
-            statistics = job_statistics(self._job, self._slots, self._connected, self._adopted)
+            statistics = job_statistics(self._job, self._slots, self._budget, self._joined())
             if self._job.request.stats_path:
                 self._write_statistics(statistics)
             line = summary(statistics)
@@ -107,6 +120,12 @@ class Supervisor:
     def say(self, text: str) -> None:
         """Print a line on the caller's stderr."""
         self._printer.say(f"farmem: {text}")
+
+    def _joined(self) -> Joined:
+        return Joined(self._connected, self._adopted)
+
+    def _status(self) -> dict[str, object]:
+        return job_status(self._job, self._slots, self._budget, self._joined())
 
     def _write_statistics(self, statistics: dict[str, object]) -> None:
         path = self._job.request.stats_path
@@ -151,17 +170,30 @@ class Supervisor:
         if peer is None:
             sock.close()
             return
-        connection = Connection(sock, *peer)
+        connection = Connection(sock, peer)
+        self._silent[sock.fileno()] = connection
         self._handle(sock.fileno(), lambda: self._serve(connection))
 
     def _close(self, connection: Connection) -> None:
         self._unhandle(connection.sock.fileno())
+        self._silent.pop(connection.sock.fileno(), None)
         connection.close()
 
+    def _close_silent(self) -> None:
+        """Only between two looks at what is ready: a number must not come to mean another
+        descriptor while there is something to be done about it."""
+        while len(self._silent) > SILENT_MAX:
+            self._close(next(iter(self._silent.values())))
+
     def _serve(self, connection: Connection) -> None:
-        """One message of an engine; whoever says anything unexpected is cut off."""
-        message = self._wire.receive(connection)
-        if message is None:
+        """One message; whoever says anything unexpected is cut off."""
+        try:
+            message = self._wire.receive(connection)
+        except BlockingIOError:
+            return
+        if message is None or isinstance(message, Question):
+            if message is not None:
+                self._answer(connection, message)
             self._close(connection)
             return
         kept = False
@@ -173,8 +205,16 @@ class Supervisor:
         else:
             for fd in message:
                 os.close(fd)
-        if not kept:
+        if kept:
+            self._silent.pop(connection.sock.fileno(), None)
+        else:
             self._close(connection)
+
+    def _answer(self, connection: Connection, question: Question) -> None:
+        if may_ask(connection.uid):
+            self._wire.send_answer(connection, self._answers.to(question.text))
+        else:
+            self._wire.send_refused(connection)
 
     def _welcome(self, connection: Connection, hello: Hello) -> bool:
         """Give the process a slot, or refuse it."""
@@ -225,7 +265,13 @@ class Supervisor:
 
     def _watch(self, process: Process) -> None:
         self._processes[process.pid] = process
-        self._handle(process.pidfd, lambda: self._end(process))
+        self._handle(process.pidfd, lambda: self._look(process))
+
+    def _look(self, process: Process) -> None:
+        # What was ready may have been another descriptor of the same number, closed just now:
+        # a process that lives must never lose its duplicates.
+        if process.has_ended():
+            self._end(process)
 
     def _forget_image(self, process: Process) -> None:
         """What the process ran is gone (it died, or it has executed something else)."""
@@ -263,6 +309,10 @@ def _drop_callers_descriptors() -> None:
 def _become_supervisor() -> None:
     _drop_callers_descriptors()
     os.chdir("/")
+    # For each process a pidfd, a connection and a userfaultfd; the limit is the command's.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Whoever stops the job (a service manager, a container's end) signals every process of
     # it. We must outlive the program all the same: its last writes need our duplicates of
     # its userfaultfds, and its statistics are still to be written. We end by ourselves.

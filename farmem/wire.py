@@ -1,10 +1,13 @@
-"""The job's socket as the supervisor speaks it: struct fm_wire over SOCK_SEQPACKET.
+"""The job's socket as the supervisor speaks it: over SOCK_SEQPACKET, engines say struct
+fm_wire, a person's command asks a question in JSON.
 
 Anybody on the host can connect to an abstract socket: nothing is believed before the
-token, and the pid is the kernel's word, never the message's.
+token, and pid and uid are the kernel's word, never the message's.  Nothing here waits for
+the other side.
 """
 
 import contextlib
+import fcntl
 import hmac
 import os
 import socket
@@ -12,10 +15,15 @@ import struct
 from typing import Any, NamedTuple
 
 from farmem import _native
+from farmem.job import memfd
 
 ffi, lib = _native.ffi, _native.lib
 
 FDS_MAX = 8
+QUESTION_BYTES_MAX = 1024
+# What comes with the descriptor that an answer lies in.
+ANSWER = b"farmem answer 1"
+ANSWER_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _SO_PEERPIDFD = 77  # Linux 6.5; not in Python's socket yet
 _CREDENTIALS = struct.Struct("iII")
 _WIRE_BYTES: int = ffi.sizeof("struct fm_wire")
@@ -28,13 +36,26 @@ class Hello(NamedTuple):
     slot: int
 
 
-class Connection:
-    """One engine's connection."""
+class Question(NamedTuple):
+    """A person's command asks; whether it may is for its uid to say."""
 
-    def __init__(self, sock: socket.socket, pid: int, pidfd: int) -> None:
+    text: bytes
+
+
+class Peer(NamedTuple):
+    """Who is at the other end, by the kernel's word."""
+
+    pid: int
+    uid: int
+    pidfd: int
+
+
+class Connection:
+    """One connection, of an engine most often."""
+
+    def __init__(self, sock: socket.socket, peer: Peer) -> None:
         self.sock = sock
-        self.pid = pid
-        self._pidfd = pidfd
+        self.pid, self.uid, self._pidfd = peer
         self.is_known = False
 
     def take_pidfd(self) -> int:
@@ -49,18 +70,24 @@ class Connection:
             os.close(self._pidfd)
 
 
-def peer_of(sock: socket.socket) -> tuple[int, int] | None:
-    """The pid at the other end, and a pidfd of it; None when it has gone."""
+def credentials_of(sock: socket.socket) -> tuple[int, int]:
+    """The pid (0: of a pid namespace that we can't see) and the uid at the other end."""
     data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid: int = _CREDENTIALS.unpack(data)[0]
+    pid, uid, _ = _CREDENTIALS.unpack(data)
+    return pid, uid
+
+
+def peer_of(sock: socket.socket) -> Peer | None:
+    """Who is at the other end; None when it has gone, or can't be seen."""
+    pid, uid = credentials_of(sock)
     if pid <= 0:
-        return None  # of a pid namespace that we can't see
+        return None
     try:
-        return pid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        return Peer(pid, uid, sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
     except OSError:
         pass
     try:
-        return pid, os.pidfd_open(pid)
+        return Peer(pid, uid, os.pidfd_open(pid))
     except OSError:
         return None
 
@@ -71,18 +98,24 @@ class Wire:
     def __init__(self, token: bytes) -> None:
         self._token = token
 
-    def receive(self, connection: Connection) -> Hello | list[int] | None:
-        """A hello, or the userfaultfds of an adoption; None: the connection is to be closed."""
+    def receive(self, connection: Connection) -> Hello | Question | list[int] | None:
+        """A hello, a question, or the userfaultfds of an adoption; None: the connection is
+        to be closed.  BlockingIOError: nothing has come."""
         ancillary_bytes = socket.CMSG_SPACE(FDS_MAX * 4)
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         try:
             data, ancillary, got, _ = connection.sock.recvmsg(
-                _WIRE_BYTES + 1, ancillary_bytes, flags
+                QUESTION_BYTES_MAX, ancillary_bytes, flags
             )
+        except BlockingIOError:
+            raise  # there is nothing yet
         except OSError:
             return None
         fds = _descriptors(ancillary)
-        if len(data) == _WIRE_BYTES and not got & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        is_whole = not got & (socket.MSG_CTRUNC | socket.MSG_TRUNC)
+        if is_whole and data[:1] == b"{" and not fds:
+            return Question(data)
+        if is_whole and len(data) == _WIRE_BYTES:
             wire = ffi.from_buffer("struct fm_wire *", data)
             if wire.magic == lib.FM_CONTROL_MAGIC:
                 if wire.kind == lib.FM_WIRE_HELLO and not fds:
@@ -108,6 +141,24 @@ class Wire:
     def send_refused(self, connection: Connection) -> None:
         """Not of this job, of another version, or no room."""
         _send(connection, lib.FM_WIRE_REFUSED, lib.FM_SLOT_ANY, [])
+
+    def send_answer(self, connection: Connection, text: bytes) -> None:
+        """The answer to a question.
+
+        In a descriptor of its own, so that its length is no matter: nobody has to take it
+        from us piece by piece.  Sealed, so that the other side can rely on it.
+        """
+        with contextlib.suppress(OSError):  # it has gone, or we are out of descriptors
+            fd = memfd("farmem-answer")
+            try:
+                left = memoryview(text)
+                while left:
+                    left = left[os.write(fd, left) :]
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ANSWER_SEALS)
+                flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+                socket.send_fds(connection.sock, [ANSWER], [fd], flags)
+            finally:
+                os.close(fd)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -18,6 +18,8 @@ from farmem.errors import EXIT_FARMEM, FarmemError
 
 VERBS = {
     "run": "Run a command with less memory than it needs.",
+    "stat": "Show what running jobs do now.",
+    "set": "Change a setting of a running job.",
     "doctor": "Look whether farmem can run programs here.",
     "config": "Show the configuration, and where each value comes from.",
     "completion": "Print what makes a shell complete farmem's words.",

@@ -46,6 +46,8 @@ int32_t fm_probe_call(uint32_t call);
 int fm_word_swap(uint32_t *word, uint32_t from, uint32_t to);
 /* Read a word that another process stores last, after what belongs to it. */
 uint64_t fm_word_read(uint64_t *word);
+/* Store a word that other processes read at any time. */
+void fm_word_write(uint64_t *word, uint64_t value);
 /* cdef ends */
 
 #endif
