@@ -176,7 +176,8 @@ enum fm_uffd_way {
 };
 
 /* What travels on the job's socket (abstract, SOCK_SEQPACKET).  FARMEM_JOB in the
- * environment is "NAME:TOKEN" (the token in hex); the socket's address is "\0" NAME. */
+ * environment is "NAME:TOKEN" (the token in hex); the socket's address is "\0" NAME.
+ * (`farmem stat` and `farmem set` ask on it too, in JSON: farmem/answers.py.) */
 enum fm_wire_kind {
     FM_WIRE_HELLO = 1,                /* engine: token, slot (FM_SLOT_ANY, or the one reserved by a parent) */
     FM_WIRE_WELCOME = 2,              /* supervisor: slot; with descriptors: control, pool ledger, pool */

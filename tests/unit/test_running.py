@@ -104,6 +104,16 @@ def test_what_has_ended_still_counts_and_the_names_are_those_of_the_statistics(
     assert all(type(status[name]) is type(stats[name]) for name in stats if name in status)
 
 
+def test_every_name_in_the_json_is_documented(start: Start) -> None:
+    job = start(TWO_PROCESSES).wait_ready()
+    document = json.loads(farmem("stat", str(job.pid), "--json").stdout)
+    [status] = document["jobs"]
+    counters = {name for name, _ in _native.ffi.typeof("struct fm_counters").fields}
+    names = {*document, *status, *status["rates"], *status["members"][0]} - counters
+    text = (ROOT / "docs" / "running-jobs.md").read_text()
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
 def test_rates_are_differences_over_the_time_between() -> None:
     names = ("faults", "pages_fetched", "pages_evicted", "bytes_in", "bytes_out", "stall_ns")
     earlier = {"wall_ns": 5_000_000_000, **dict.fromkeys(names, 100)}
