@@ -108,8 +108,10 @@ def table(changes: Sequence[Change]) -> str:
         [
             f"{change.seconds:.2f} s",
             f"{change.before_bytes / MIB:.0f} -> {change.budget_bytes / MIB:.0f} MiB",
-            _milliseconds(change.bound_seconds),
-            _milliseconds(change.budget_seconds),
+            *(
+                _milliseconds(seconds) if change.budget_bytes < change.before_bytes else "(raised)"
+                for seconds in (change.bound_seconds, change.budget_seconds)
+            ),
             f"{change.peak_bytes / MIB:.1f} MiB",
         ]
         for change in changes

@@ -28,7 +28,9 @@ def test_changes_are_found_with_the_time_they_took() -> None:
     assert lowered.peak_bytes == 52 * MIB
     assert (raised.seconds, raised.peak_bytes) == (2.9, 90 * MIB)
     assert raised.bound_seconds is not None and abs(raised.bound_seconds - 0.1) < 1e-9
-    assert "120 -> 50 MiB" in plot.table([lowered, raised])
+    lines = plot.table([lowered, raised]).splitlines()
+    assert "120 -> 50 MiB" in lines[-2] and "500 ms" in lines[-2] and "1000 ms" in lines[-2]
+    assert "50 -> 120 MiB" in lines[-1] and "(raised)" in lines[-1]
 
 
 def test_a_budget_that_is_never_met_is_said_to_be() -> None:
