@@ -193,9 +193,10 @@ def svg_of(samples: Samples, title: str) -> str:
     end = max(at for at, _ in samples.local)
     budgets = [(at, size) for at, size in samples.budget if at <= end]
     bound = [(at, size + BOUND_BYTES) for at, size in budgets]
-    most = max(size for _, size in [*bound, *samples.local, *samples.remote])
+    remote = [(at, size) for at, size in samples.remote if at <= end]
+    most = max(size for _, size in [*bound, *samples.local, *remote])
     plot = Plot(end, most)
-    curves = [_stairs(bound, end), _stairs(budgets, end), samples.remote, samples.local]
+    curves = [_stairs(bound, end), _stairs(budgets, end), remote, samples.local]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12" fill="#333">',
