@@ -96,6 +96,7 @@ class Supervisor:
                     handler()
             self._close_silent()
             self._slots.sample()
+            self._budget.look()
             if self._slots.has_orphans:
                 self._slots.release_orphans()
             self._print_messages()

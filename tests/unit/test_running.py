@@ -167,6 +167,15 @@ def test_a_budget_that_is_set_is_the_engines_and_the_statistics_say_so(start: St
     assert stats["budget_changes"] == 2
 
 
+def test_a_budget_that_the_job_itself_changes_is_told_too(start: Start) -> None:
+    script = ONE_PROCESS.replace("os.close", "e.control.budget_bytes = 80 << 20; os.close", 1)
+    job = start(script).wait_ready()
+    wait_until(lambda: running.status_of(job.pid)["budget_changes"] == 1)
+    assert running.set_budget(job.name, 32 * MIB) == (80 * MIB, 32 * MIB)
+    stats = job.finish()
+    assert (stats["budget_peak_bytes"], stats["budget_changes"]) == (80 * MIB, 2)
+
+
 def test_the_summary_says_that_the_budget_was_changed(start: Start) -> None:
     script = ONE_PROCESS.replace("os.close", "e.proc.counters.pages_evicted = 5; os.close", 1)
     job = start(script).wait_ready()
