@@ -207,6 +207,7 @@ def probe_finds(monkeypatch: pytest.MonkeyPatch, **found: int) -> None:
     lib = SimpleNamespace(
         fm_probe_userfaultfd=fill,
         FM_UFFD_NONE=_native.lib.FM_UFFD_NONE,
+        FM_UFFD_USER_MODE=_native.lib.FM_UFFD_USER_MODE,
         FM_PROBE_FEATURE_MOVE=_native.lib.FM_PROBE_FEATURE_MOVE,
     )
     monkeypatch.setattr(checks, "_native", SimpleNamespace(ffi=_native.ffi, lib=lib))
@@ -220,6 +221,20 @@ def test_user_mode_faults_only_are_refused_because_they_are_not_honest(
         checks.check_userfaultfd(no_pinned_io=False)
     assert "vm.unprivileged_userfaultfd=1" in caught.value.hint
     assert "/dev/userfaultfd" in caught.value.hint
+
+
+def test_user_mode_faults_are_enough_for_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = _native.lib.FM_PROBE_FEATURE_MOVE
+    probe_finds(monkeypatch, user_mode_only=1, syscall_errno=errno.EPERM, features=features)
+    access = checks.check_userfaultfd(no_pinned_io=False, for_regions=True)
+    assert access.way == _native.lib.FM_UFFD_USER_MODE and access.has_move
+    probe_finds(monkeypatch, user_mode_only=1, syscall_errno=errno.EPERM)
+    with pytest.raises(FarmemError, match="UFFDIO_MOVE") as caught:
+        checks.check_userfaultfd(no_pinned_io=False, for_regions=True)
+    assert "no_pinned_io=True" in caught.value.hint
+    probe_finds(monkeypatch, syscall_errno=errno.EPERM, device_errno=errno.ENOENT)
+    with pytest.raises(FarmemError, match="no permission"):
+        checks.check_userfaultfd(no_pinned_io=False, for_regions=True)
 
 
 def test_no_permission_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
