@@ -164,7 +164,7 @@ class Budget:
         if self.is_jobs:
             raise FarmemError(
                 "this program runs under `farmem run`: the budget is its job's",
-                "change it from outside",
+                f"change it from outside: farmem set {os.getpid()} local=4G",
             )
         pinned_bytes = self.engine.call(lib.FM_REGION_LOOK).pinned_bytes
         if pinned_bytes + lib.FM_REGION_HEAD_ROOM_BYTES > size_bytes:
