@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from farmem import __version__
+from farmem.cli.options import Parsed
 from farmem.errors import FarmemError
 from farmem.rates import rates_between
 from farmem.running import Round, Silent, parse_pid, printable, status_of, statuses
@@ -217,18 +218,18 @@ def _stop_writing() -> None:
 @click.option("--json", "wants_json", is_flag=True, help="JSON; with --watch an object a line.")
 @click.option(
     "--watch",
-    "watch",
+    "seconds",
     metavar="[SECONDS]",
+    type=Parsed("seconds", _parse_watch),
     is_flag=False,
     flag_value=WATCH_SECONDS,
     default=None,
     help=f"Refresh every SECONDS ({WATCH_SECONDS} if not given) until the job ends.",
 )
 @click.argument("pid", metavar="[PID]", required=False)
-def command(wants_json: bool, watch: str | None, pid: str | None) -> None:
+def command(wants_json: bool, seconds: float | None, pid: str | None) -> None:
     """See the help above."""
     number = parse_pid(pid, "farmem stat 1234") if pid is not None else None
-    seconds = _parse_watch(watch) if watch is not None else None
     try:
         if seconds is None:
             _show_once(number, wants_json)

@@ -27,8 +27,8 @@ class Engine:
         name, token = os.environ["FARMEM_JOB"].split(":")
         self.token = bytes.fromhex(token)
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.connect("\0" + name)  # waits while many come at once, as a real engine does
         self.sock.settimeout(20)
-        self.sock.connect("\0" + name)
         self.slot = -1
         self.control: Any = None
 

@@ -384,18 +384,17 @@ def test_silent_clients_do_not_use_up_the_supervisors_descriptors(start: Start) 
     job = start(script, mark).wait_ready()
     supervisor = running.status_of(job.pid)["supervisor_pid"]
     before = len(os.listdir(f"/proc/{supervisor}/fd"))
-    silent = [job.connect() for _ in range(600)]
-    assert job.process.stdin is not None
-    job.process.stdin.write(b"join\n")
-    job.process.stdin.flush()
-    wait_until(lambda: os.path.exists(mark))
-    os.unlink(mark)
-    still_well(job)
-    held = len(os.listdir(f"/proc/{supervisor}/fd")) - before
-    assert held < 200, f"{held} descriptors are held for clients that said nothing"
-    assert silent[0].recv(1) == b""  # the oldest was cut off
-    for sock in silent:
-        sock.close()
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(job.connect()) for _ in range(600)]
+        assert job.process.stdin is not None
+        job.process.stdin.write(b"join\n")
+        job.process.stdin.flush()
+        wait_until(lambda: os.path.exists(mark))
+        os.unlink(mark)
+        still_well(job)
+        held = len(os.listdir(f"/proc/{supervisor}/fd")) - before
+        assert held < 200, f"{held} descriptors are held for clients that said nothing"
+        assert silent[0].recv(1) == b""  # the oldest was cut off
     wait_until(lambda: len(os.listdir(f"/proc/{supervisor}/fd")) <= before + 2)
 
 
