@@ -41,8 +41,8 @@ lint: $(VENV)/.built ## Check style and types (ruff, mypy)
 man: $(VENV)/.built ## Write the man pages in docs/man, from the options and docs/man/parts
 	@$(BIN)/python tools/man.py
 
-bench: setup-test $(VENV)/.built ## Measure against everything local and against the kernel's swap
-	@$(BIN)/python tools/bench.py
+bench: setup-test $(VENV)/.built ## Measure against everything local and the kernel's swap (ARGS=... passes options)
+	@$(BIN)/python tools/bench.py $(ARGS)
 
 sim: native ## Run the simulator of the core with fresh seeds (ARGS=... passes options)
 	@cmake --build $(NATIVE_BUILD) --target sim -j $(JOBS)

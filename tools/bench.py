@@ -1,16 +1,18 @@
 """`make bench`: what farmem costs, measured beside what it stands against, in one run.
 
-Three questions, each answered by alternating runs (A B C A B C ...), so that a slow moment of the
-machine falls on all alike; told as the median with the lowest and highest sample:
+Three questions, each answered by alternating runs, so that a slow moment of the machine falls on
+all alike:
 
-1. starting: `farmem run -- true` against `true`;
-2. memory is not short: programs that fit their budget, under farmem and plain;
-3. memory is short: tools/grid.c with half of its memory local, under farmem, against everything
-   local and against the kernel's swap to zram and to a RAM-backed loop device (bench_swap.py).
+1. starting: `farmem run -- true` against `true`                               (bench_fits.py);
+2. memory is not short: programs that fit their budget, under farmem and plain (bench_fits.py);
+3. memory is short: the same programs (bench_work.py, bench_redis.py) with everything local, under
+   farmem, and in a memory cgroup with the kernel's swap to zram and to a RAM-backed loop device
+   (bench_place.py, bench_swap.py), with 100 to 10 % of what they need.
 
-A column that this machine can't measure is left out, and the report says which and why.  Tables go
-to stdout, tables and raw samples to files in --output.  It must leave nothing behind: no process,
-device, cgroup or mount.
+A system that this machine can't measure is left out, and the report says which and why.  Every
+run's result is checked; one that is wrong, did not page, or held more than it was given is counted
+as failed, never as a figure.  The tables go to stdout, tables and raw samples to files in --output.
+Nothing is left behind: no process, device, cgroup or mount.
 """
 
 from __future__ import annotations
@@ -19,118 +21,105 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
-import signal
-import subprocess
+import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
-from bench_report import (
-    NS_PER_MS,
-    Summary,
-    grid_tables,
-    markdown_table,
-    parse_grid,
-    percent_more,
-    ratio,
-    summarise,
-    with_spread,
-)
-from bench_swap import (
-    MIB,
-    MemoryGroup,
-    Unavailable,
-    loop_device,
-    memory_group,
-    other_swap,
-    swap_on,
-    zram_device,
-)
+import bench_fits
+import bench_text
+from bench_machine import NoiseMeter, available_bytes, describe
+from bench_place import FARMEM, LOCAL, Systems, prepare_systems
+from bench_redis import Redis
+from bench_report import clock
+from bench_run import STOP, Failed, Stopped
+from bench_state import FULL, LEVELS, PARTS, QUICK, SYSTEMS, Bench, Settings, say
+from bench_swap import MIB, Unavailable
+from bench_work import PATTERNS, Grid, Numpy, Sort, Workload
 
 HERE = Path(__file__).resolve().parent
-PATTERNS = ["sequential-read", "sequential-write", "random-read", "random-write", "stride-read"]
-LOCAL, FARMEM, LOOP, ZRAM = "everything local", "farmem run", "swap to loop", "swap to zram, lz4"
-RUN_SECONDS_MAX = 300.0
-
-PYTHON_PROGRAM = """
-import random
-random.seed(1)
-words = [f"{random.getrandbits(40):x}" for _ in range(400_000)]
-counts = {}
-for word in words:
-    counts[word[:4]] = counts.get(word[:4], 0) + 1
-words.sort()
-print(len(counts), words[0], words[-1])
-"""
-
-Wrap = Callable[[list[str]], list[str]]
+DOCS = HERE.parent / "docs" / "benchmarks.md"
 
 
-@dataclass
-class Report:
-    """What has been measured and said so far; written out at the end, or when stopped."""
-
-    raw: dict[str, object] = field(default_factory=dict)
-    text: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-    def say(self, text: str) -> None:
-        """Print now, and keep for the file."""
-        self.text.append(text)
-        print(text + "\n", flush=True)
-
-    def skip(self, name: str, why: str) -> None:
-        """Say by name what is not measured, and why."""
-        self.skipped.append(f"{name}: {why}")
-        self.say(f"Left out: **{name}**: {why}.")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One way to run the grid: what to switch on around a run, and how to start it."""
-
-    name: str
-    wrap: Wrap
-    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+def make_workloads(bench: Bench, folder: Path) -> None:
+    """The programs that were asked for, their inputs made; what can't be had is left out."""
+    settings = bench.settings
+    size = settings.application_mib
+    makers: list[tuple[str, Callable[[], Workload]]] = [
+        ("grid", partial(Grid, folder, settings.mib, pattern)) for pattern in PATTERNS
+    ]
+    makers += [("sort", partial(Sort, folder, size)), ("numpy", partial(Numpy, size))]
+    makers += [("redis", partial(Redis, size))]
+    for part, make in makers:
+        if part not in settings.parts:
+            continue
+        try:
+            bench.workloads.append(make())
+        except Unavailable as error:
+            bench.left_out.append(f"{part}: {error}")
 
 
-def progress(text: str) -> None:
-    """A line that overwrites itself on a terminal; silent elsewhere, the tables are enough."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+def calibrate(bench: Bench) -> None:
+    """A run of each with everything local: what it needs, and a warm start for all."""
+    for work in list(bench.workloads):
+        say(f"[{clock(bench.elapsed())}] what it needs: {work.name}")
+        try:
+            bench.need_bytes[work.name] = work.calibrate()
+        except (Failed, ValueError) as error:
+            bench.failures.append(f"{work.name}, everything local: {error}")
+            bench.workloads.remove(work)
 
 
-def run_checked(command: list[str]) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=RUN_SECONDS_MAX, check=False
-    )
-    if done.returncode != 0:
-        detail = done.stderr.strip() or "it printed nothing"
-        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}: {detail}")
-    return done.stdout
+def run_rounds(bench: Bench, systems: Systems, noise: NoiseMeter) -> None:
+    """Round after round over all programs and levels; the systems take turns at going first."""
+    settings = bench.settings
+    names = [name for name in settings.systems if name in systems.make]
+    longest = 0.0
+    for turn in range(1, settings.rounds + 1):
+        start = bench.elapsed()
+        if turn > 1 and start + longest > settings.minutes * 60:
+            say(f"a round more would take longer than {settings.minutes:.0f} minutes in all")
+            break
+        for work in bench.workloads:
+            say(f"[{clock(bench.elapsed())}] round {turn} of {settings.rounds}: {work.name}")
+            noise.look()
+            bench.measure(work, 0, LOCAL, systems, turn)
+            for level in settings.levels:
+                for i in range(len(names)):
+                    name = names[(i + turn) % len(names)]
+                    bench.measure(work, level, name, systems, turn)
+        bench.rounds_done = turn
+        longest = max(longest, bench.elapsed() - start)
 
 
-def timed_ns(command: list[str]) -> float:
-    """Wall time of a command without pipes: what a shell's user waits for."""
-    start_ns = time.monotonic_ns()
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        timeout=RUN_SECONDS_MAX,
-        check=False,
-    )
-    elapsed_ns = time.monotonic_ns() - start_ns
-    if done.returncode != 0:
-        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}")
-    return float(elapsed_ns)
+def run_when_enough(bench: Bench, systems: Systems, noise: NoiseMeter, folder: Path) -> None:
+    """The parts in which memory is not short."""
+    settings, make = bench.settings, systems.make.get(FARMEM)
+    if make is None:
+        return
+    if "start" in settings.parts:
+        say(f"[{clock(bench.elapsed())}] starting")
+        noise.look()
+        try:
+            bench.starts = bench_fits.measure_start(make, settings.starts)
+        except Failed as error:
+            bench.failures.append(f"starting: {error}")
+    if "fits" not in settings.parts:
+        return
+    for work in (bench_fits.GridFits(folder), bench_fits.PythonFits()):
+        for share in bench_fits.SHARES_PERCENT:
+            say(f"[{clock(bench.elapsed())}] fits its budget: {work.name}, {share} %")
+            noise.look()
+            least = 2 if settings.quick else bench_fits.PAIRS_MIN
+            try:
+                bench.fits.append(
+                    bench_fits.measure_fits(work, share, make, settings.fits_seconds, least)
+                )
+            except (Failed, ValueError) as error:
+                bench.failures.append(f"fits its budget, {work.name}, {share} %: {error}")
 
 
 def farmem_command() -> Path | None:
@@ -142,219 +131,150 @@ def farmem_command() -> Path | None:
     return Path(found) if found else None
 
 
-def farmem_wrap(farmem: Path, local_bytes: int) -> Wrap:
-    return lambda command: [str(farmem), "run", "-q", "--local", str(local_bytes), "--", *command]
-
-
-def build_grid(folder: Path) -> Path:
-    """Compile tools/grid.c if it is newer than its program."""
-    source, program = HERE / "grid.c", folder / "grid"
-    if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
-        return program
-    compiler = os.environ.get("CC", "cc")
-    if shutil.which(compiler) is None:
-        raise Unavailable(f"no C compiler: {compiler} is not installed")
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
-    run_checked([compiler, *flags, "-o", str(program), str(source)])
-    return program
-
-
-def alternate(
-    measures: Mapping[str, Callable[[], float]], rounds: int, what: str, warm_ups: int = 1
-) -> dict[str, list[float]]:
-    """Measure each in turn, `rounds` times; a first, discarded turn warms the caches."""
-    samples: dict[str, list[float]] = {name: [] for name in measures}
-    for turn in range(1 - warm_ups, rounds + 1):
-        for name, measure in measures.items():
-            progress(f"{what}: {name}, {turn} of {rounds}")
-            value = measure()
-            if turn > 0:
-                samples[name].append(value)
-    progress("")
-    return samples
-
-
-def bench_start(report: Report, farmem: Path, rounds: int) -> None:
-    commands = {
-        "true": ["true"],
-        "farmem run -- true": farmem_wrap(farmem, 1024 * MIB)(["true"]),
-    }
-    measures = {name: partial(timed_ns, c) for name, c in commands.items()}
-    samples = alternate(measures, rounds, "starting")
-    report.raw["start_ns"] = samples
-    rows = [[n, with_spread(summarise(s), NS_PER_MS), str(len(s))] for n, s in samples.items()]
-    report.say("## Starting\n\n" + markdown_table(["ms", "median (lowest-highest)", "runs"], rows))
-
-
-def bench_fits(report: Report, farmem: Path, grid: Path, rounds: int) -> None:
-    """Programs that fit: the time inside the program, and the whole command's beside it."""
-    fits = farmem_wrap(farmem, 2048 * MIB)
-    work = [str(grid), "random-read", "256", "400"]
-    python = [sys.executable, "-c", PYTHON_PROGRAM]
-
-    def inside_ns(command: list[str]) -> float:
-        run = parse_grid(run_checked(command))
-        return float(run.fill_ns + run.timed_ns)
-
-    pairs: dict[str, tuple[Callable[[list[str]], float], list[str]]] = {
-        "grid, 256 MiB, inside the program": (inside_ns, work),
-        "python3, 400,000 words, the whole command": (timed_ns, python),
-    }
-    rows, raw = [], {}
-    for name, (measure, command) in pairs.items():
-        samples = alternate(
-            {
-                "plain": partial(measure, command),
-                "farmem": partial(measure, fits(command)),
-            },
-            rounds,
-            "fits",
+def run_bench(bench: Bench, noise: NoiseMeter) -> None:
+    settings = bench.settings
+    swap_mib = 2 * max(settings.mib, settings.application_mib + 64)
+    # The loop device's memory, what zram and `mem:` may hold, and the program itself.
+    need_mib = swap_mib + 2 * settings.mib
+    if 0 < available_bytes() < need_mib * MIB:
+        raise Unavailable(
+            f"{available_bytes() // MIB} MiB of memory are available and {need_mib} MiB needed: "
+            "lower --mib"
         )
-        raw[name] = samples
-        plain, paged = summarise(samples["plain"]), summarise(samples["farmem"])
-        more = percent_more(paged, plain)
-        rows.append([name, with_spread(plain, NS_PER_MS), with_spread(paged, NS_PER_MS), more])
-    report.raw["fits_ns"] = raw
-    table = markdown_table(["ms", "plain", "farmem run -m 2G", "difference of medians"], rows)
-    report.say("## A program that fits its budget\n\n" + table)
-
-
-@contextlib.contextmanager
-def swap_column(
-    name: str, device: contextlib.AbstractContextManager[str], group: MemoryGroup
-) -> Iterator[Column]:
-    """A column that swaps: its device is made for the whole run and switched on for each run."""
-    with device as path:
-        yield Column(name, group.wrap, lambda: swap_on(path))
-
-
-def add_swap_columns(
-    report: Report, stack: contextlib.ExitStack, columns: list[Column], local_mib: int, mib: int
-) -> None:
-    try:
-        if others := other_swap():
-            raise Unavailable(f"swap is on already ({', '.join(others)}): switch it off first")
-        group = stack.enter_context(memory_group(local_mib * MIB))
-    except Unavailable as error:
-        report.skip("kernel swap", str(error))
-        return
-    # Twice what is needed: a swap that is more than half full frees slots early, and a page that
-    # was only read would then be written again.
-    swap_bytes = 2 * mib * MIB
-    devices = [(LOOP, loop_device), (ZRAM, zram_device)]
-    for name, make in devices:
-        try:
-            columns.append(stack.enter_context(swap_column(name, make(swap_bytes), group)))
-        except Unavailable as error:
-            report.skip(name, str(error))
-
-
-def bench_grid(
-    report: Report, farmem: Path | None, grid: Path, rounds: int, mib: int, local_percent: int
-) -> None:
-    local_mib = mib * local_percent // 100
-    columns = [Column(LOCAL, lambda command: command)]
-    if farmem is not None:
-        columns.append(Column(FARMEM, farmem_wrap(farmem, local_mib * MIB)))
-    samples: dict[str, dict[str, list[float]]] = {}
-    cells: dict[tuple[str, str], Summary] = {}
     with contextlib.ExitStack() as stack:
-        add_swap_columns(report, stack, columns, local_mib, mib)
-
-        def measure(column: Column, pattern: str) -> float:
-            with column.around():
-                text = run_checked(column.wrap([str(grid), pattern, str(mib)]))
-            return parse_grid(text).access_ns
-
-        for pattern in PATTERNS:
-            measures = {c.name: partial(measure, c, pattern) for c in columns}
-            # No turn to warm up: grid fills its memory before the clock starts.
-            samples[pattern] = alternate(measures, rounds, pattern, warm_ups=0)
-            for name, values in samples[pattern].items():
-                cells[name, pattern] = summarise(values)
-    report.raw["grid_access_ns"] = samples
-    head = f"## The grid: {mib} MiB touched a page at a time, {local_mib} MiB local\n\n"
-    report.say(head + grid_tables(PATTERNS, [c.name for c in columns], cells, LOCAL, FARMEM))
-    aims = [
-        f"{pattern}: {ratio(cells.get((FARMEM, pattern)), cells.get((ZRAM, pattern)))}"
-        for pattern in PATTERNS[:2]
-        if (FARMEM, pattern) in cells and (ZRAM, pattern) in cells
-    ]
-    if aims:
-        report.say("Aim: sequential below 0.5x of zram's time. Here: " + ", ".join(aims) + ".")
+        systems = prepare_systems(settings.systems, farmem_command(), swap_mib * MIB, stack)
+        bench.left_out += [f"{name}: {why}" for name, why in systems.left_out.items()]
+        for line in bench.left_out:
+            say(f"left out: {line}")
+        run_when_enough(bench, systems, noise, settings.output)
+        make_workloads(bench, settings.output)
+        calibrate(bench)
+        run_rounds(bench, systems, noise)
 
 
-def machine() -> dict[str, object]:
-    def read(path: str) -> str:
-        try:
-            return Path(path).read_text().strip()
-        except OSError:
-            return "unknown"
-
-    return {
-        "kernel": platform.release(),
-        "cpus": os.cpu_count(),
-        "page_cluster": read("/proc/sys/vm/page-cluster"),
-        "transparent_hugepage": read("/sys/kernel/mm/transparent_hugepage/enabled"),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
-def parse_arguments() -> argparse.Namespace:
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def parse_arguments() -> Settings:
     parser = argparse.ArgumentParser(prog="bench", description="Measure farmem; see tools/bench.py")
-    parser.add_argument("--rounds", type=int, default=3, help="grid rounds (default 3)")
-    parser.add_argument("--starts", type=int, default=15, help="start-up rounds (default 15)")
-    parser.add_argument("--fits", type=int, default=7, help="fits-its-budget rounds (default 7)")
-    parser.add_argument("--mib", type=int, default=512, help="size of the grid (default 512)")
-    parser.add_argument("--local-percent", type=int, default=50, help="local share (default 50)")
-    parser.add_argument("--output", type=Path, default=HERE.parent / "build" / "bench")
-    arguments = parser.parse_args()
-    for name in ("rounds", "starts", "fits"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if arguments.mib < 64:
-        parser.error("--mib must be at least 64: smaller grids measure the caches")
-    if not 1 <= arguments.local_percent <= 99:
-        parser.error("--local-percent must lie between 1 and 99")
-    if arguments.mib * arguments.local_percent // 100 < 16:
-        parser.error("the local share must be at least 16 MiB: raise --mib or --local-percent")
-    return arguments
+    parser.add_argument(
+        "--only", dest="parts", type=words, metavar="PART,...", help=f"of {','.join(PARTS)}"
+    )
+    parser.add_argument("--systems", type=words, metavar="NAME,...", help=f"of {','.join(SYSTEMS)}")
+    parser.add_argument("--levels", type=numbers, metavar="N,...", help="percent local")
+    parser.add_argument("--rounds", type=int, help="at most so many rounds (default 3)")
+    parser.add_argument("--mib", type=int, help="size of the grid (default 512)")
+    parser.add_argument("--starts", type=int, help="pairs of starts (default 40)")
+    parser.add_argument("--fits-seconds", type=float, help="limit for each program that fits")
+    parser.add_argument(
+        "--minutes", type=float, help="begin no round that would end later (default 25)"
+    )
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it works")
+    parser.add_argument(
+        "--docs", action="store_true", default=None, help="write docs/benchmarks.md as well"
+    )
+    parser.add_argument("--output", type=Path, help="folder (default build/bench)")
+    given = parser.parse_args()
+    base = QUICK if given.quick else FULL
+    chosen = {k: v for k, v in vars(given).items() if v is not None and k != "quick"}
+    settings = replace(base, **chosen)
+    if problem := find_problem(settings):
+        parser.error(problem)
+    return settings
 
 
-def stop(number: int, _frame: FrameType | None) -> None:
-    """A signal becomes an exit, so that every context manager undoes what it did."""
-    raise SystemExit(128 + number)
+def find_problem(settings: Settings) -> str:
+    """What is wrong with the settings, and what to type instead; empty when nothing is."""
+    for name, known in (("parts", PARTS), ("systems", SYSTEMS)):
+        if wrong := [word for word in getattr(settings, name) if word not in known]:
+            return f"there is no {wrong[0]!r} among the {name}: choose from {', '.join(known)}"
+    lowest = min(settings.levels, default=0)
+    smallest = min(settings.application_mib, settings.mib) * lowest // 100
+    whole = (set(settings.parts), set(settings.systems), set(settings.levels))
+    wrong_if = {
+        "--levels must lie between 1 and 100 percent: type --levels 50,25": lowest < 1
+        or max(settings.levels) > 100,
+        "--rounds and --starts must be at least 1": min(settings.rounds, settings.starts) < 1,
+        "--mib must be at least 64: smaller grids measure the caches": settings.mib < 64,
+        f"{lowest} % is less than farmem's minimum of 16 MiB: raise --mib": smallest < 16,
+        "--docs is for whole runs: leave out --quick, --only, --systems and --levels": settings.docs
+        and (settings.quick or whole != (set(PARTS), set(SYSTEMS), set(LEVELS))),
+    }
+    return next((problem for problem, is_so in wrong_if.items() if is_so), "")
+
+
+def take_lock() -> socket.socket:
+    """One benchmark at a time on a machine; the name goes with the process."""
+    lock = socket.socket(socket.AF_UNIX)
+    try:
+        lock.bind("\0farmem-bench")
+    except OSError as error:
+        lock.close()
+        raise Unavailable("another benchmark runs on this machine: wait for its end") from error
+    return lock
+
+
+def write_reports(bench: Bench, noise: NoiseMeter, stopped: str) -> None:
+    settings = bench.settings
+    facts = describe()
+    measured = noise.finish()
+    text = bench_text.report(bench, facts, measured, stopped)
+    raw = {
+        "machine": facts,
+        "noise": asdict(measured),
+        "settings": asdict(settings) | {"output": None},
+        "seconds": bench.elapsed(),
+        "rounds_done": bench.rounds_done,
+        "stopped": stopped,
+        "left_out": bench.left_out,
+        "failures": bench.failures,
+        "need_bytes": bench.need_bytes,
+        "start_ns": bench.starts,
+        "fits_ns": [asdict(row) for row in bench.fits],
+        "runs": bench.runs,
+    }
+    (settings.output / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
+    (settings.output / "bench.md").write_text(text)
+    print(text)
+    say(f"tables and raw samples are in {os.path.relpath(settings.output)}")
+    if settings.docs and not stopped:
+        DOCS.write_text(text)
+        say(f"written: {os.path.relpath(DOCS)}")
+
+
+def say_how_long(settings: Settings) -> None:
+    seconds, limit_s = settings.estimate_seconds(), settings.minutes * 60
+    text = f"about {clock(seconds)} minutes on a quiet machine"
+    if seconds > limit_s:
+        text += f"; no round begins that would end after {clock(limit_s)}, so fewer rounds may do"
+    say(text)
 
 
 def main() -> int:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGHUP, stop)
-    folder: Path = arguments.output
-    folder.mkdir(parents=True, exist_ok=True)
-    report = Report()
-    report.raw["machine"] = machine()
-    farmem = farmem_command()
+    settings = parse_arguments()
+    STOP.install()
+    settings.output.mkdir(parents=True, exist_ok=True)
+    stopped, status = "", 0
     try:
-        grid = build_grid(folder)
-        if farmem is None:
-            report.skip(FARMEM, "no farmem beside this Python or on the PATH: run `make` first")
-        else:
-            bench_start(report, farmem, arguments.starts)
-            bench_fits(report, farmem, grid, arguments.fits)
-        bench_grid(report, farmem, grid, arguments.rounds, arguments.mib, arguments.local_percent)
-    except (Unavailable, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        print(f"bench: {error}", file=sys.stderr)
+        with contextlib.closing(take_lock()):
+            say_how_long(settings)
+            bench, noise = Bench(settings), NoiseMeter()
+            try:
+                run_bench(bench, noise)
+            except Stopped as error:
+                stopped, status = str(error), 128 + error.number
+            write_reports(bench, noise, stopped)
+    except (Unavailable, Failed) as error:
+        say(str(error))
         return 1
-    except KeyboardInterrupt:
-        print("bench: stopped", file=sys.stderr)
-        return 130
-    finally:
-        report.raw["skipped"] = report.skipped
-        (folder / "bench.json").write_text(json.dumps(report.raw, indent=2) + "\n")
-        (folder / "bench.md").write_text("\n\n".join(report.text) + "\n")
-    print(f"Raw samples: {folder / 'bench.json'}")
-    return 0
+    if failed := bench.failed_runs():
+        say(f"runs that failed: {failed}; the report says which")
+    return status or (1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,9 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # The tools are scripts beside each other, not a package: they find each other the same way.
 sys.path.insert(0, str(TOOLS))
 
-import bench  # noqa: E402
 import bench_report as report  # noqa: E402
 import bench_swap as swap  # noqa: E402
+import bench_work as work  # noqa: E402
 import demo  # noqa: E402
 import demo_watch  # noqa: E402
 
@@ -73,11 +72,6 @@ def test_ratios_say_how_many_times_the_second_fits_in_the_first() -> None:
     assert report.ratio(slow, report.summarise([0.0])) == "-"
 
 
-def test_percent_more() -> None:
-    assert report.percent_more(report.summarise([101.0]), report.summarise([100.0])) == "+1.00 %"
-    assert report.percent_more(report.summarise([98.0]), report.summarise([100.0])) == "-2.00 %"
-
-
 def test_table_lines_up() -> None:
     lines = report.markdown_table(["a", "long"], [["xyz", "1"], ["b", "12345"]]).splitlines()
     assert lines == ["| a   |  long |", "| --- | ----: |", "| xyz |     1 |", "| b   | 12345 |"]
@@ -88,24 +82,98 @@ def test_table_refuses_a_short_row() -> None:
         report.markdown_table(["a", "b"], [["x"]])
 
 
-def test_grid_tables_show_times_ratios_and_gaps() -> None:
-    cells = {
-        ("everything local", "p"): report.summarise([100.0]),
-        ("farmem run", "p"): report.summarise([3000.0]),
-        ("zram", "p"): report.summarise([12000.0]),
-    }
-    text = report.grid_tables(["p"], ["everything local", "farmem run", "loop", "zram"], cells)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert ["farmem run", "3.00 (3.00-3.00)"] in rows
-    assert ["loop", "-"] in rows
-    assert ["farmem run / zram", "0.250x"] in rows
-    assert ["farmem run / everything local", "30.0x"] in rows
-    assert ["farmem run / loop", "-"] in rows
+def test_quartiles_enclose_the_middle_half() -> None:
+    assert report.middle_half([1.0, 2.0, 3.0, 4.0, 100.0]) == report.Summary(3.0, 2.0, 4.0, 5)
+    assert report.middle_half([7.0]) == report.Summary(7.0, 7.0, 7.0, 1)
 
 
-def test_grid_tables_without_farmem_claim_nothing_of_it() -> None:
-    cells = {("everything local", "p"): report.summarise([100.0])}
-    assert "farmem" not in report.grid_tables(["p"], ["everything local"], cells)
+@pytest.mark.parametrize(
+    ("count", "low", "high", "confidence"),
+    # From tables of the sign test: ranks 2 and 9 of 10, 6 and 15 of 20, 14 and 27 of 40.
+    [(10, 2, 9, 0.9785), (20, 6, 15, 0.9586), (40, 14, 27, 0.9615)],
+)
+def test_a_median_lies_between_the_ranks_of_the_sign_test(
+    count: int, low: int, high: int, confidence: float
+) -> None:
+    interval = report.median_interval([float(i) for i in range(count, 0, -1)])
+    assert (interval.low, interval.high) == (low, high)
+    assert interval.confidence == pytest.approx(confidence, abs=1e-4)
+
+
+def test_few_samples_admit_that_they_are_few() -> None:
+    interval = report.median_interval([1.0, 2.0, 3.0])
+    assert (interval.low, interval.high, interval.confidence) == (1.0, 3.0, 0.75)
+    assert report.median_interval([4.0]).confidence == 0.0
+    assert "not decided" in report.verdict(interval, 100.0)
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    interval = report.Interval(2.0, 1.0, 3.0, 0.96)
+    assert report.verdict(interval, 3.0) == "met"
+    assert report.verdict(interval, 0.9) == "missed"
+    assert "not decided" in report.verdict(interval, 2.5)
+
+
+def test_ratios_are_of_times_for_rates_too() -> None:
+    slow, fast = report.summarise([10.0]), report.summarise([40.0])
+    assert report.time_ratio(slow, fast, more_is_better=False) == "0.250x"
+    assert report.time_ratio(slow, fast, more_is_better=True) == "4.00x"
+    assert report.time_ratio(None, fast, more_is_better=True) == "-"
+
+
+TIME = report.Metric("p", "pattern", "us", 1000.0)
+RATE = report.Metric("get", "GET", "requests/s", 1.0, more_is_better=True)
+METRICS = [("grid p/p", TIME), ("redis/get", RATE)]
+
+
+def some_results() -> report.Results:
+    results = report.Results()
+    for metric, level, system, values in [
+        ("grid p/p", 0, "everything local", [100.0]),
+        ("grid p/p", 50, "farmem", [3000.0, 4000.0, 2000.0]),
+        ("grid p/p", 50, "zram", [12000.0]),
+        ("redis/get", 50, "farmem", [500.0]),
+        ("redis/get", 50, "zram", [250.0]),
+    ]:
+        results.samples[report.Key(metric, level, system)] = values
+    results.failures[report.Key("grid p/p", 50, "zram")] = ["it was killed", "it was killed"]
+    results.failures[report.Key("redis/get", 50, "loop")] = ["redis: wrong bytes"]
+    return results
+
+
+def cells_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_a_workloads_table_shows_figures_failures_and_gaps() -> None:
+    systems = ["everything local", "farmem", "zram", "loop"]
+    table = report.workload_table(some_results(), METRICS, [50], systems, systems[0], "farmem")
+    rows = cells_of(table)
+    assert rows[0][2:] == [*systems, "farmem : zram", "farmem : loop"]
+    assert rows[2] == [
+        "pattern, us", "50 %", "0.100 (0.100-0.100)", "3.00 (2.00-4.00)",
+        "12.0 (12.0-12.0), 2 of 3 failed", "-", "0.250x", "-",
+    ]  # fmt: skip
+    assert rows[3][2:] == ["-", "500 (500-500)", "250 (250-250)", "failed (1 of 1)", "0.500x", "-"]
+
+
+def test_without_farmem_nothing_is_claimed_of_it() -> None:
+    systems = ["everything local", "zram"]
+    table = report.workload_table(some_results(), METRICS, [50], systems, systems[0], "farmem")
+    assert "farmem" not in table
+
+
+def test_the_overview_has_a_row_for_each_metric() -> None:
+    rows = cells_of(report.overview_table(some_results(), METRICS, [50, 25], "farmem", "zram"))
+    assert rows[0] == ["farmem : zram", "50 % local", "25 % local"]
+    assert rows[2:] == [["grid: pattern", "0.250x", "-"], ["redis: GET", "0.500x", "-"]]
+
+
+def test_reasons_for_failures_are_told_once() -> None:
+    assert report.failure_lines(some_results()) == [
+        "- grid p, zram, 50 % local: it was killed (2 times)",
+        "- redis, loop, 50 % local: redis: wrong bytes",
+    ]
 
 
 def test_lz4_is_a_word_of_its_own() -> None:
@@ -126,31 +194,6 @@ def test_without_root_swap_is_left_out_by_name(monkeypatch: pytest.MonkeyPatch) 
         pass
     with pytest.raises(swap.Unavailable, match="root"), swap.loop_device(1 << 20):
         pass
-
-
-def test_measures_alternate_and_the_warm_up_is_not_counted() -> None:
-    order: list[str] = []
-
-    def measure(name: str) -> Callable[[], float]:
-        def run() -> float:
-            order.append(name)
-            return float(len(order))
-
-        return run
-
-    samples = bench.alternate({"a": measure("a"), "b": measure("b")}, 2, "test")
-    assert order == ["a", "b"] * 3
-    assert samples == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
-
-
-def test_wrong_sizes_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "--local-percent", "100"])
-    with pytest.raises(SystemExit) as ended:
-        bench.parse_arguments()
-    assert ended.value.code == 2
-    assert "between 1 and 99" in capsys.readouterr().err
 
 
 def test_anonymous_memory_is_read_from_a_status() -> None:
@@ -184,8 +227,8 @@ def test_demo_fails_when_it_would_be_a_lie(second: demo.Run, why: str) -> None:
 def test_grid_verifies_what_it_reads_and_writes(tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         pytest.skip("cc is not installed: run tools/setup.sh build")
-    program = bench.build_grid(tmp_path)
-    for pattern in bench.PATTERNS:
+    program = work.build_grid(tmp_path)
+    for pattern in work.PATTERNS:
         done = subprocess.run(
             [str(program), pattern, "8"], capture_output=True, text=True, check=True
         )
