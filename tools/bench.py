@@ -194,7 +194,7 @@ def find_problem(settings: Settings) -> str:
         if wrong := [word for word in getattr(settings, name) if word not in known]:
             return f"there is no {wrong[0]!r} among the {name}: choose from {', '.join(known)}"
     lowest = min(settings.levels, default=0)
-    smallest = min(settings.application_mib, settings.mib) * lowest // 100
+    smallest = settings.smallest_mib() * lowest // 100
     whole = (set(settings.parts), set(settings.systems), set(settings.levels))
     wrong_if = {
         "--levels must lie between 1 and 100 percent: type --levels 50,25": lowest < 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ class Counts:
     pages_in: int = 0
     peak_local_bytes: int = 0
     zram: ZramUse = field(default_factory=ZramUse)
+    note: str = ""
 
     def must_have_paged(self, short_pages: int) -> None:
         """Half of what does not fit must have left, and a good part of it must have come back."""
@@ -67,7 +69,7 @@ class Counts:
         if self.pages_out < short_pages // 2 or self.pages_in < short_pages // 10:
             raise Failed(
                 f"{short_pages} pages did not fit, but only {self.pages_out} were paged out "
-                f"and {self.pages_in} in: not a measurement of paging"
+                f"and {self.pages_in} in: not a measurement of paging{self.note}"
             )
 
 
@@ -75,6 +77,7 @@ class Place:
     """Everything local: the program as it is."""
 
     look_every_s = 0.0
+    said = ""  # on stderr, by the program that ran last
 
     def wrap(self, command: list[str]) -> list[str]:
         return command
@@ -147,7 +150,8 @@ def read_farmem_stats(stats: dict[str, Any]) -> Counts:
         raise Failed(
             f"over budget: farmem held {peak_bytes // MIB} MiB of {budget_bytes // MIB} MiB"
         )
-    return Counts(stats["pages_evicted"], stats["pages_fetched"], peak_bytes)
+    note = f" ({stats['processes']} processes, {stats['processes_adopted']} taken over)"
+    return Counts(stats["pages_evicted"], stats["pages_fetched"], peak_bytes, note=note)
 
 
 @contextlib.contextmanager
@@ -192,6 +196,8 @@ class SwapPlace(Place):
         memory meanwhile, with swap free.  Reading memory.stat brings them up to date."""
         is_zram = Path(self._device).name.startswith("zram")
         turn = 0
+        with contextlib.suppress(OSError):  # in time on a busy machine, too
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -20)
         while not self._done.wait(FLUSH_SECONDS):
             self._group.flush()
             turn += 1

@@ -172,7 +172,7 @@ class Redis(Workload):
                 finally:
                     client.close()
                 server.terminate()
-                server.wait(RUN_SECONDS_MAX).good("redis-server")
+                place.said = server.wait(RUN_SECONDS_MAX).good("redis-server").stderr
         return rates
 
     def _command(self, path: Path, folder: str) -> list[str]:

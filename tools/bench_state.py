@@ -53,6 +53,11 @@ class Settings:
         """Smaller than the grid, because real programs take longer to be paged."""
         return max(APPLICATION_MIB_MIN, self.mib * 3 // 8)
 
+    def smallest_mib(self) -> int:
+        """What the smallest of the programs needs, about."""
+        only_grid = not {"sort", "numpy", "redis"} & set(self.parts)
+        return self.mib if only_grid else min(self.mib, self.application_mib * 95 // 100)
+
     def estimate_seconds(self) -> float:
         """How long it will take on a quiet machine."""
         total = 0.3 * self.starts * ("start" in self.parts)
@@ -117,6 +122,7 @@ class Bench:
         local_bytes = need_bytes * level // 100
         run: dict[str, object] = {"workload": work.name, "level": level, "system": name}
         run |= {"round": turn, "local_bytes": local_bytes}
+        place = None
         try:
             with systems.make[name](local_bytes) as place:
                 values = work.run(place)
@@ -125,11 +131,14 @@ class Bench:
                 counts.must_have_paged((need_bytes - local_bytes) // PAGE_BYTES)
             run |= {"values": values, "counts": asdict(counts)}
         except (Failed, Unavailable, OSError, ValueError) as error:
-            say(f"{work.name}, {name}, {level} %: {error}")
-            run["failed"] = str(error)
+            said = " ".join(place.said.split()) if place else ""
+            is_new = said and said not in str(error)
+            reason = f"{error}; it said: {said}" if is_new else str(error)
+            say(f"{work.name}, {name}, {level} %: {reason}")
+            run["failed"] = reason
             for metric in work.metrics:
                 key = Key(f"{work.name}/{metric.key}", level, name)
-                self.results.failures.setdefault(key, []).append(str(error))
+                self.results.failures.setdefault(key, []).append(reason)
         else:
             for metric_key, value in values.items():
                 key = Key(f"{work.name}/{metric_key}", level, name)

@@ -33,6 +33,7 @@ def run_in(place: Place, command: list[str], environment: dict[str, str] | None 
     look = place.look if place.look_every_s else None
     with Child(place.wrap(command), environment) as child:
         ended = child.wait(RUN_SECONDS_MAX, look, place.look_every_s)
+    place.said = ended.stderr
     return ended.good("the program")
 
 

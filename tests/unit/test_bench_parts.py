@@ -38,6 +38,8 @@ MIB = 1 << 20
 STATS = {
     "pages_lost": 0,
     "store_errors": 0,
+    "processes": 2,
+    "processes_adopted": 1,
     "pages_evicted": 100,
     "pages_fetched": 90,
     "budget_bytes": 32 * MIB,
@@ -49,7 +51,10 @@ STATS = {
 
 
 def test_counters_are_read_from_statistics() -> None:
-    assert place.read_farmem_stats(STATS) == place.Counts(100, 90, 40 * MIB)
+    counts = place.read_farmem_stats(STATS)
+    assert (counts.pages_out, counts.pages_in, counts.peak_local_bytes) == (100, 90, 40 * MIB)
+    with pytest.raises(run.Failed, match="2 processes, 1 taken over"):
+        counts.must_have_paged(10_000)
 
 
 @pytest.mark.parametrize(
