@@ -28,7 +28,7 @@ help: ## Show this list
 build: setup-build $(VENV)/.built ## Install farmem into .venv, ready to run
 
 demo: build ## Run a real program on more data than its budget
-	@$(BIN)/python tools/demo.py
+	@FARMEM_CONFIG=/dev/null $(BIN)/python tools/demo.py
 
 test: setup-test $(VENV)/.built lint ## Lint, and run every test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -42,7 +42,7 @@ man: $(VENV)/.built ## Write the man pages in docs/man, from the options and doc
 	@$(BIN)/python tools/man.py
 
 bench: setup-test $(VENV)/.built ## Measure against everything local and the kernel's swap (ARGS=... passes options)
-	@$(BIN)/python tools/bench.py $(ARGS)
+	@FARMEM_CONFIG=/dev/null $(BIN)/python tools/bench.py $(ARGS)
 
 sim: native ## Run the simulator of the core with fresh seeds (ARGS=... passes options)
 	@cmake --build $(NATIVE_BUILD) --target sim -j $(JOBS)
