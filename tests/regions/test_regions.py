@@ -431,16 +431,16 @@ def test_willneed_can_be_interrupted() -> None:
     """Ctrl-C during a call that would take very long; the pins of a pin() are taken back."""
     run(
         """
-        region = farmem.Region("32M", local="24M", filters=["delay:rtt=3s"])
-        region.view()[:16 * MIB] = b"x" * (16 * MIB)
-        region.evict(0, 16 * MIB)
+        region = farmem.Region("32M", local="24M", filters=["delay:rtt=2s"])
+        region.view()[:4 * MIB] = b"x" * (4 * MIB)
+        region.evict(0, 4 * MIB)
         for ask in (region.willneed, region.pin):
             timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
             timer.start()
             with refused(KeyboardInterrupt):
-                ask(0, 16 * MIB)
+                ask(0, 4 * MIB)
             timer.join()
-            assert not present(region, 0, 16 * MIB).all()
+            assert not present(region, 0, 4 * MIB).all()
             assert region.stats().pinned_bytes == 0
         """
     )
