@@ -56,4 +56,4 @@ def test_process_vm_writev() -> None:
 
 
 def test_process_vm_writev_notices() -> None:
-    assert_defect_noticed([compile_c("vm_writev"), "40"], "copy_pinned", local=LOCAL)
+    assert_defect_noticed([compile_c("vm_writev"), "12"], "copy_pinned", local=LOCAL)
