@@ -118,10 +118,12 @@ void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i)
     fm_state_set(c, b, i, FM_LOST);
     b->flags[i] &= (uint16_t)~(FM_WAITING | FM_MARKER);
     fm_add(c->count->pages_lost, 1);
-    c->ops->message(c->ctx, FM_LEVEL_ERROR, "page lost: its bytes can't be had from the pool; touching it is SIGBUS; address",
+    c->ops->message(c->ctx, FM_LEVEL_ERROR,
+                    c->can_poison ? "page lost: its bytes can't be had from the pool; touching it is SIGBUS; address"
+                                  : "page lost: its bytes can't be had from the pool; touching it ends the program; address",
                     (b->page + i) * FM_PAGE_BYTES);
-    if (!fm_in_limbo(b) && c->ops->poison(c->ctx, b->page + i) != FM_OK)
-        c->ops->wake(c->ctx, b->page + i, 1);    /* it faults again, and is poisoned then */
+    if (!fm_in_limbo(b) && (!c->can_poison || c->ops->poison(c->ctx, b->page + i) != FM_OK))
+        c->ops->wake(c->ctx, b->page + i, 1);    /* whoever waits for it faults again, and is dealt with then */
 }
 
 uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t frame, uint32_t n, enum fm_res *res)

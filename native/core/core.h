@@ -132,6 +132,8 @@ struct fm_ops {
     enum fm_res (*copy_in)(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done); /* FM_FRAME_NONE: zeros */
     enum fm_res (*move_out)(void *ctx, uint64_t page, uint32_t frame, uint32_t n, uint32_t *done);
     enum fm_res (*protect)(void *ctx, uint64_t page, uint32_t n, bool on); /* off wakes */
+    /* Only for a page that was touched: where the kernel can't poison it ends the program.  FM_AGAIN as ever: an event
+     * that is still to be read may explain the page. */
     enum fm_res (*poison)(void *ctx, uint64_t page);
     void (*wake)(void *ctx, uint64_t page, uint32_t n);
     /* Bit k of bits: page + k is there.  n <= 512 */
@@ -200,6 +202,7 @@ struct fm_core {
     uint64_t defects;
     uint32_t evict_mode;
     bool can_move;             /* UFFDIO_MOVE is there */
+    bool can_poison;           /* so is UFFDIO_POISON; without it ops->poison ends the program */
     bool frames_shared;        /* vmsplice and the like were seen: never rewrite a frame */
     uint32_t overdraft;        /* > 0: the evictor itself may be waiting for a fault, so zeros are given over budget */
 
@@ -248,7 +251,7 @@ struct fm_core {
 };
 
 /* ---- core.c */
-/* The caller has zeroed core and set ops, ctx, count, ledger, defects, evict_mode, can_move. */
+/* The caller has zeroed core and set ops, ctx, count, ledger, defects, evict_mode, can_move, can_poison. */
 void fm_core_init(struct fm_core *c, uint32_t frames);
 void fm_core_io_done(struct fm_core *c, struct fm_io *io);
 /* Adoption: these registered pages may be there already (each is looked at again). */

@@ -438,6 +438,7 @@ static void core_setup(void)
     c->defects = fm.control->defects;
     c->evict_mode = fm.control->evict_mode;
     c->can_move = (fm.features & FM_FEATURE_MOVE) != 0;
+    c->can_poison = (fm.features & FM_FEATURE_POISON) != 0;
 }
 
 static void mark_adopted(void)

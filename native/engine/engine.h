@@ -130,6 +130,7 @@ struct fm_part {
     uint64_t number;
 };
 void fm_say_parts(int level, const struct fm_part *part, uint32_t n);   /* texts and numbers in turn; the last text only */
+_Noreturn void fm_end_program(void);
 
 /* wire.c */
 bool fm_wire_join(uint32_t slot);

@@ -76,6 +76,15 @@ void fm_say_parts(int level, const struct fm_part *part, uint32_t n)
     fm_say(level, text, 0);
 }
 
+/* Before it can see a wrong byte. */
+_Noreturn void fm_end_program(void)
+{
+    for (;;) {
+        fm_sys(SYS_kill, fm_sys(SYS_getpid), SIGKILL);
+        fm_sleep_ns(1000000);
+    }
+}
+
 /* A broken promise of ours to ourselves: say so, and end the program before it can see a wrong byte. */
 _Noreturn void fm_panic(const char *what, const char *file, int line)
 {
@@ -87,8 +96,5 @@ _Noreturn void fm_panic(const char *what, const char *file, int line)
     at = put_text(text, at, " line");
     text[at] = 0;
     fm_say(FM_LEVEL_ERROR, text, (uint64_t)line);
-    for (;;) {
-        fm_sys(SYS_kill, fm_sys(SYS_getpid), SIGKILL);
-        fm_sleep_ns(1000000);
-    }
+    fm_end_program();
 }

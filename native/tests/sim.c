@@ -138,7 +138,7 @@ static void draw_kind(struct fm_core *c)
     static const uint32_t calms[] = { 1, 2, 4, 16 };
     S.calm = calms[sim_rnd(4)];
     uint64_t way = sim_rnd(5);
-    c->can_move = way != 0;
+    c->can_move = c->can_poison = way != 0;
     c->evict_mode = way == 1 ? FM_EVICT_COPY : FM_EVICT_AUTO;
     S.pins_on = way > 1 && sim_chance(2);
     S.splice_on = sim_chance(4);

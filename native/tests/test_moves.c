@@ -10,40 +10,24 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "engine/engine.h"
 #include "engine/uffd_api.h"
+#include "engine_stubs.h"
 
 #define PAGES 1024u
 #define RUN_MAX 8u
 #define SECONDS 6
-#define EXIT_UNSUPPORTED 77
 #ifndef MADV_COLD
 #define MADV_COLD 20
 #endif
 
-struct fm_engine fm;
 static char *memory;
 static uint64_t ids, in_page[PAGES], in_frame[FM_FRAMES];     /* what is there; 0: nothing */
 static atomic_bool stop;
-
-/* What uffd.c asks of the rest of the engine, none of which is needed here. */
-void fm_say(int level, const char *text, uint64_t number) { fprintf(stderr, "%d: %s %lu\n", level, text, (unsigned long)number); }
-void *fm_heap_take(uint64_t bytes) { return calloc(1, bytes); }
-void fm_heap_give(void *p, uint64_t bytes) { (void)bytes, free(p); }
-void fm_evictor_ring(void) {}
-bool fm_region_called(void) { return false; }
-uint64_t fm_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
 
 static char *page_at(uint32_t p) { return memory + (size_t)p * FM_PAGE_BYTES; }
 static char *frame_at(uint32_t f) { return fm.frames + (size_t)f * FM_PAGE_BYTES; }

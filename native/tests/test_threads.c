@@ -266,7 +266,7 @@ int main(void)
         pthread_mutex_init(&program[k].lock, NULL);
     core.ops = &ops;
     core.count = &count;
-    core.can_move = true;
+    core.can_move = core.can_poison = true;
     core.limit_pages = LIMIT;
     fm_pool_ledger_view(&core.ledger, ledger, 0);
     fm_core_init(&core, FRAMES);
