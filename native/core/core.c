@@ -150,12 +150,17 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
     return moved + copied;
 }
 
-/* A page that could not be put back now keeps its frame: the fault that is woken finds it STAGED. */
-static void leave_staged(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
+/* A page that could not be put back now keeps its frame: the fault on it that is tried again finds it STAGED. */
+static void leave_staged(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f, enum fm_res why)
 {
     fm_state_set(c, b, i, FM_STAGED);
     fm_frame_stage(c, f);
-    wake_if_waiting(c, b, i);
+    if (why == FM_AGAIN && (b->flags[i] & FM_WAITING) != 0 && !fm_in_limbo(b)) {
+        b->flags[i] &= (uint16_t)~FM_WAITING;
+        c->ops->later(c->ctx, b->page + i);
+    } else {
+        wake_if_waiting(c, b, i);
+    }
 }
 
 /* Pages b[i..i+n) have arrived in frames f.. and are verified. */
@@ -167,8 +172,8 @@ static void arrive(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f
     if (fm_in_limbo(b))
         put = 0;
     uint32_t k = 0;
+    enum fm_res r = FM_OK;
     while (k < put) {
-        enum fm_res r;
         k += fm_install(c, b, i + k, f + k, put - k, &r);
         if (k < put && r == FM_EXIST) {
             /* Somebody else's page is there (a ptrace write, say): it counts as the program's own. */
@@ -186,7 +191,7 @@ static void arrive(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f
     for (; k < n; k++) {
         if (marker && k == n - 1)
             b->flags[i + k] |= FM_MARKER;
-        leave_staged(c, b, i + k, f + k);
+        leave_staged(c, b, i + k, f + k, r);
     }
 }
 
@@ -305,7 +310,7 @@ static void store_failed(struct fm_core *c, struct fm_block *b, uint32_t i, uint
 static void stored_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f, bool ok)
 {
     struct fm_frame *fr = &c->frame[f];
-    enum fm_res r;
+    enum fm_res r = FM_OK;
     fm_assert(b->frame[i] == f && (b->state[i] == FM_STAGED || (b->state[i] == FM_LEAVING && fr->copied)));
     if (!ok) {
         store_failed(c, b, i, f);
@@ -321,7 +326,7 @@ static void stored_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint3
         fm_add(c->count->faults_rescue, 1);
         return;
     }
-    leave_staged(c, b, i, f);
+    leave_staged(c, b, i, f, r);
 }
 
 static void store_done(struct fm_core *c, struct fm_io *done)

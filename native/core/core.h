@@ -136,6 +136,9 @@ struct fm_ops {
      * that is still to be read may explain the page. */
     enum fm_res (*poison)(void *ctx, uint64_t page);
     void (*wake)(void *ctx, uint64_t page, uint32_t n);
+    /* A thread waits for the page, and nothing can be put there before an event has been read: whoever reads events
+     * tries again then.  Woken instead it would fault again at once, and the kernel hands out faults before events. */
+    void (*later)(void *ctx, uint64_t page);
     /* Bit k of bits: page + k is there.  n <= 512 */
     void (*present)(void *ctx, uint64_t page, uint32_t n, uint64_t *bits);
     enum fm_res (*fill_frames)(void *ctx, uint32_t frame, uint32_t n, uint32_t *done);   /* memory behind empty ones */

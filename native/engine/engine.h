@@ -195,6 +195,7 @@ void fm_region_forked(bool managed);
 
 /* ../fronts/thread.c */
 void fm_front_thread_main(void *arg);
+bool fm_front_thread_later(uint64_t page);   /* false: this is not the reader, or its list is full */
 void fm_front_thread_hold(void);       /* returns when the reader stands still */
 void fm_front_thread_go_on(void);
 

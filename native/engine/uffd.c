@@ -51,6 +51,12 @@ static void op_wake(void *ctx, uint64_t page, uint32_t n)
     fm_sys(SYS_ioctl, fm.uffd, UFFDIO_WAKE, &r);
 }
 
+static void op_later(void *ctx, uint64_t page)
+{
+    if (!fm_front_thread_later(page))
+        op_wake(ctx, page, 1);
+}
+
 static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
 {
     uint64_t entry[64];
@@ -293,6 +299,7 @@ const struct fm_ops fm_engine_ops = {
     .protect = op_protect,
     .poison = op_poison,
     .wake = op_wake,
+    .later = op_later,
     .present = op_present,
     .fill_frames = op_fill_frames,
     .clear = op_clear,

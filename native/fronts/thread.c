@@ -20,6 +20,7 @@
 struct reader {
     struct fm_parked retry[RETRIES_MAX];   /* faults that met a changing world */
     uint32_t retries;
+    long tid;
 };
 
 static struct reader reader;
@@ -84,6 +85,14 @@ static void later(uint64_t page, uint32_t bits, uint64_t since_ns)
         reader.retry[reader.retries++] = (struct fm_parked){ page, bits, since_ns };
     else
         fm_engine_ops.wake(NULL, page, 1);
+}
+
+bool fm_front_thread_later(uint64_t page)
+{
+    if (fm_sys(SYS_gettid) != reader.tid || reader.retries == RETRIES_MAX)
+        return false;
+    later(page, 0, fm_now_ns());
+    return true;
 }
 
 static void resolve(uint64_t page, uint32_t bits, uint64_t since_ns)
@@ -182,6 +191,7 @@ void fm_front_thread_main(void *arg)
     struct uffd_msg m;
     (void)arg;
     reader.retries = 0;
+    reader.tid = fm_sys(SYS_gettid);
     for (uint32_t idle = 0;;) {
         if (__atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0)
             stand_still();

@@ -16,6 +16,7 @@ void *fm_heap_take(uint64_t bytes) { return calloc(1, bytes); }
 void fm_heap_give(void *p, uint64_t bytes) { (void)bytes, free(p); }
 void fm_evictor_ring(void) {}
 bool fm_region_called(void) { return false; }
+bool fm_front_thread_later(uint64_t page) { (void)page; return false; }
 uint64_t fm_now_ns(void)
 {
     struct timespec t;

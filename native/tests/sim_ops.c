@@ -201,6 +201,9 @@ static void op_wake(void *ctx, uint64_t page, uint32_t n)
         kernel_wake(page, n);
 }
 
+/* The kernel of the simulator hands faults and events out in any order, so the thread may as well fault again. */
+static void op_later(void *ctx, uint64_t page) { op_wake(ctx, page, 1); }
+
 static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
 {
     (void)ctx;
@@ -380,7 +383,8 @@ static void op_frames_freed(void *ctx)
 
 const struct fm_ops sim_ops = {
     .enter = op_enter, .leave = op_leave, .zero = op_zero, .move_in = op_move_in, .copy_in = op_copy_in,
-    .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .present = op_present,
+    .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
+    .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page, .drop = op_drop,
     .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .block_memory = op_block_memory,
     .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,

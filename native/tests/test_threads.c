@@ -106,6 +106,7 @@ static enum fm_res op_protect(void *ctx, uint64_t page, uint32_t n, bool on)
 
 static enum fm_res op_poison(void *ctx, uint64_t page) { (void)ctx, (void)page, fm_panic("a page was lost", __FILE__, __LINE__); }
 static void op_wake(void *ctx, uint64_t page, uint32_t n) { (void)ctx, (void)page, (void)n; }
+static void op_later(void *ctx, uint64_t page) { (void)ctx, (void)page; }
 
 static void op_present(void *ctx, uint64_t page, uint32_t n, uint64_t *bits)
 {
@@ -184,7 +185,8 @@ static void op_frames_freed(void *ctx) { (void)ctx; }
 
 static const struct fm_ops ops = {
     .enter = op_enter, .leave = op_leave, .zero = op_zero, .move_in = op_move_in, .copy_in = op_copy_in,
-    .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .present = op_present,
+    .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
+    .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page, .drop = op_drop,
     .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .block_memory = op_block_memory,
     .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
