@@ -191,9 +191,9 @@ class SwapPlace(Place):
         self._steward.join()
 
     def _run(self) -> None:
-        """Help the kernel a little: Linux 6.18 brings the counters by which it reclaims from a
-        group up to date every two seconds only, and kills the group's programs for want of
-        memory meanwhile, with swap free.  Reading memory.stat brings them up to date."""
+        """Help the kernel a little: Linux 6.18 was seen to kill a group's programs for want of
+        memory with most of the swap free, in half of redis' runs.  It reclaims by counters of the
+        group that it brings up to date now and then only; reading memory.stat does it at once."""
         is_zram = Path(self._device).name.startswith("zram")
         turn = 0
         with contextlib.suppress(OSError):  # in time on a busy machine, too

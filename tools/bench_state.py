@@ -23,12 +23,12 @@ SYSTEMS = [FARMEM, ZRAM, LOOP]
 LEVELS = [100, 75, 50, 25, 10]
 APPLICATION_MIB_MIN = 48
 # Seconds of one run at the default size: with everything local, and what is added (times the share
-# that does not fit) in each system.  Seen on a quiet machine with two processors.
+# that does not fit) in each system; from the processor time of runs on two processors.
 RUN_SECONDS = {
-    "grid": {LOCAL: 0.6, FARMEM: 3.0, ZRAM: 4.5, LOOP: 7.0},
-    "sort": {LOCAL: 0.8, FARMEM: 7.0, ZRAM: 9.0, LOOP: 10.0},
-    "numpy": {LOCAL: 0.6, FARMEM: 2.5, ZRAM: 6.0, LOOP: 6.0},
-    "redis": {LOCAL: 2.5, FARMEM: 7.0, ZRAM: 7.0, LOOP: 14.0},
+    "grid": {LOCAL: 0.4, FARMEM: 2.8, ZRAM: 5.5, LOOP: 6.0},
+    "sort": {LOCAL: 0.5, FARMEM: 6.0, ZRAM: 7.0, LOOP: 8.0},
+    "numpy": {LOCAL: 0.7, FARMEM: 2.2, ZRAM: 5.0, LOOP: 4.5},
+    "redis": {LOCAL: 2.5, FARMEM: 8.0, ZRAM: 6.5, LOOP: 9.0},
 }
 
 
@@ -61,7 +61,7 @@ class Settings:
     def estimate_seconds(self) -> float:
         """How long it will take on a quiet machine."""
         total = 0.3 * self.starts * ("start" in self.parts)
-        total += 4 * (self.fits_seconds + 4) * ("fits" in self.parts)
+        total += 4 * (self.fits_seconds + 3) * ("fits" in self.parts)
         return total + self.rounds * sum(self.round_seconds(part) for part in self.parts)
 
     def round_seconds(self, part: str) -> float:
@@ -81,7 +81,7 @@ FULL = Settings(
     rounds=3,
     mib=512,
     starts=40,
-    fits_seconds=30.0,
+    fits_seconds=20.0,
     minutes=25.0,
     quick=False,
     output=Path(__file__).resolve().parent.parent / "build" / "bench",

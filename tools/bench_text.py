@@ -49,9 +49,10 @@ medians, and always of times: **below 1 farmem is the faster**.
 - **What is timed.** The grid and numpy: inside the program, after its memory has been filled.
   sort: the whole command, farmem's start included. redis: what redis-benchmark says, its clients
   outside; filling and checking are not timed.
-- While a swap run goes, the cgroup's `memory.stat` is read 200 times a second. Linux 6.18 was
-  seen to kill programs in a cgroup for want of memory with swap free, because it reclaims by
-  counters that it brings up to date every two seconds; reading them does it at once.
+- While a swap run goes, the cgroup's `memory.stat` is read 200 times a second. Without that Linux
+  6.18 was seen to kill programs in a cgroup for want of memory with most of the swap free, in
+  about half of the runs; with it, hardly ever: reading brings the group's counters up to date, by
+  which the kernel reclaims.
 - Starting and programs that fit: pairs of runs, in turn the other way round; median and
   quartiles. The difference is the median of the pairs' differences, with its 95 % confidence
   interval (from their order alone)."""
