@@ -6,6 +6,7 @@ failure, so that no promise goes untested without anybody noticing.
 """
 
 import os
+import signal
 from collections.abc import Generator
 from functools import cache
 
@@ -15,6 +16,8 @@ from farmem import _native
 
 # The configuration of whoever runs the tests has no say in them.
 os.environ["FARMEM_CONFIG"] = os.devnull
+# A shell's background job ignores Ctrl-C, and what it starts inherits that; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 IN_CI = os.environ.get("CI") == "true"
 
 

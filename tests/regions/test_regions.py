@@ -431,7 +431,6 @@ def test_willneed_can_be_interrupted() -> None:
     """Ctrl-C during a call that would take very long; the pins of a pin() are taken back."""
     run(
         """
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore it
         region = farmem.Region("32M", local="24M", filters=["delay:rtt=2s"])
         region.view()[:4 * MIB] = b"x" * (4 * MIB)
         region.evict(0, 4 * MIB)
