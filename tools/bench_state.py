@@ -87,7 +87,7 @@ FULL = Settings(
     output=Path(__file__).resolve().parent.parent / "build" / "bench",
     docs=False,
 )
-QUICK = replace(FULL, quick=True, levels=[50], rounds=1, mib=64, starts=3, fits_seconds=1.0)
+QUICK = replace(FULL, quick=True, levels=[50], rounds=1, mib=128, starts=3, fits_seconds=1.0)
 
 
 def say(text: str) -> None:

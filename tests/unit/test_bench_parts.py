@@ -220,7 +220,7 @@ def test_a_full_run_is_estimated_and_a_part_takes_less() -> None:
         (["--levels", "101"], "between 1 and 100"),
         (["--rounds", "0"], "at least 1"),
         (["--mib", "32"], "at least 64"),
-        (["--mib", "128", "--levels", "10"], "minimum of 16 MiB: raise --mib"),
+        (["--mib", "150", "--levels", "10"], "minimum of 16 MiB: raise --mib"),
         (["--docs", "--only", "grid"], "--docs is for whole runs"),
         (["--docs", "--quick"], "--docs is for whole runs"),
     ],
@@ -243,7 +243,7 @@ def test_options_choose_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", *words])
     settings = bench.parse_arguments()
     assert (settings.parts, settings.levels, settings.rounds) == (["grid", "sort"], [75, 50], 2)
-    assert (settings.mib, settings.systems, settings.docs) == (64, state.SYSTEMS, False)
+    assert (settings.mib, settings.systems, settings.docs) == (128, state.SYSTEMS, False)
 
 
 # The kernel's files.
