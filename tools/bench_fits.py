@@ -35,6 +35,7 @@ from bench_work import Workload, build_grid, run_in
 START_AIM_NS = 150 * NS_PER_MS
 FITS_AIM = 0.01
 WIDTH_MAX = 0.005
+CONFIDENCE = 0.95
 PAIRS_MIN = 10
 PAIRS_MAX = 200
 # A quarter to spare, where farmem does nothing; and so little that it has taken the program over.
@@ -102,7 +103,7 @@ class PythonFits(Workload):
 
 def narrow_enough(pairs: list[Pair]) -> bool:
     interval = median_interval([paged / plain - 1 for plain, paged in pairs])
-    return (interval.high - interval.low) / 2 <= WIDTH_MAX
+    return interval.confidence >= CONFIDENCE and (interval.high - interval.low) / 2 <= WIDTH_MAX
 
 
 def measure_pairs(

@@ -195,10 +195,10 @@ def test_pairs_are_added_until_the_median_is_known() -> None:
         return value
 
     pairs = fits.measure_pairs(
-        lambda: measure("a", 100.0), lambda: measure("b", 101.0), seconds=60.0, least=4
+        lambda: measure("a", 100.0), lambda: measure("b", 101.0), seconds=60.0, least=2
     )
     assert order[:6] == ["a", "b", "a", "b", "b", "a"], "a warm-up, then in turn"
-    assert set(pairs) == {(100.0, 101.0)} and len(pairs) == 4
+    assert set(pairs) == {(100.0, 101.0)} and len(pairs) == 6, "the fewest of 95 %"
     noisy = iter(range(1, 10_000))
     pairs = fits.measure_pairs(lambda: 100.0, lambda: 90.0 + next(noisy) % 20, seconds=60.0)
     assert len(pairs) > fits.PAIRS_MIN
