@@ -14,13 +14,16 @@ import secrets
 import signal
 import socket
 import time
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from farmem import _native
 from farmem.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, FarmemError
 from farmem.filters import Filter, write_filters
-from farmem.pools import Pool
+from farmem.pools import Pool, smaller_pool_hint
 from farmem.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from farmem.poolfile import PoolFile
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -30,6 +33,7 @@ LISTEN_BACKLOG = 128
 JOB_VARIABLE = b"FARMEM_JOB"
 DEFECTS_VARIABLE = b"FARMEM_TEST_DEFECTS"
 EVICT_VARIABLE = b"FARMEM_TEST_EVICT"
+FILE_IO_VARIABLE = b"FARMEM_TEST_FILE_IO"
 
 
 class Request(NamedTuple):
@@ -45,10 +49,14 @@ class Request(NamedTuple):
     userfaultfd_way: int
     defects: int = 0
     evict_mode: int = 0
+    file_io: int = 0
+    file_direct: bool = True
 
 
 class Memory:
     """A memfd, mapped here."""
+
+    is_direct = False
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.fd = memfd(name)
@@ -56,6 +64,9 @@ class Memory:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self.map = mmap.mmap(self.fd, size_bytes)
         self.pointer: Any = ffi.from_buffer(self.map)
+
+    def discard(self) -> None:
+        """Nothing to do: it goes with the last process that has it."""
 
 
 def memfd(name: str) -> int:
@@ -79,8 +90,9 @@ class Job:
         self.token = secrets.token_bytes(lib.FM_TOKEN_BYTES)
         self.control_memory = Memory("farmem-control", ffi.sizeof("struct fm_control"))
         self.control: Any = ffi.cast("struct fm_control *", self.control_memory.pointer)
+        self.ledger = _open_ledger(request.pool)
+        self.pool = _open_pool(request)
         self._fill_control()
-        self.ledger, self.pool = _open_pool(request.pool)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(f"\0{self.name}")
         self.listener.listen(LISTEN_BACKLOG)
@@ -93,11 +105,13 @@ class Job:
         control.bytes = ffi.sizeof("struct fm_control")
         control.procs_max = lib.FM_PROCS_MAX
         control.flags = lib.FM_FLAG_NO_PINNED_IO if request.no_pinned_io else 0
+        control.flags |= lib.FM_FLAG_POOL_DIRECT if self.pool.is_direct else 0
         control.budget_bytes = request.budget_bytes
         control.pool_bytes = request.pool.capacity_bytes
         control.defects = request.defects
         control.evict_mode = request.evict_mode
-        control.backend = lib.FM_BACKEND_MEM
+        control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
+        control.file_io = request.file_io
         control.userfaultfd_way = request.userfaultfd_way
         ffi.memmove(control.secret, os.urandom(lib.FM_SECRET_BYTES), lib.FM_SECRET_BYTES)
         write_filters(request.filters, control, lib)
@@ -111,18 +125,33 @@ class Job:
         return {**inherited, b"LD_PRELOAD": preload, JOB_VARIABLE: word}
 
 
-def _open_pool(pool: Pool) -> tuple[Memory, Memory]:
-    hint = "ask for a smaller one, as --pool mem:8G"
+def _memory_for(pool: Pool, name: str, size_bytes: int) -> Memory:
     try:
-        ledger = Memory("farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
-        memory = Memory("farmem-pool", pool.capacity_bytes)
+        return Memory(name, size_bytes)
     except (OSError, OverflowError, ValueError) as error:
         size = format_bytes(pool.capacity_bytes)
         why = error.strerror if isinstance(error, OSError) else error
-        raise FarmemError(f"pool {pool.url!r} ({size}) can't be opened: {why}", hint) from error
+        raise FarmemError(
+            f"pool {pool.url!r} ({size}) can't be opened: {why}", smaller_pool_hint(pool)
+        ) from error
+
+
+def _open_ledger(pool: Pool) -> Memory:
+    ledger = _memory_for(pool, "farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
     if lib.fm_pool_ledger_init(ledger.pointer, pool.capacity_bytes) != 0:
-        raise FarmemError(f"pool {pool.url!r} is larger than a job can address", hint)
-    return ledger, memory
+        raise FarmemError(
+            f"pool {pool.url!r} is larger than a job can address", smaller_pool_hint(pool)
+        )
+    return ledger
+
+
+def _open_pool(request: Request) -> "Memory | PoolFile":
+    pool = request.pool
+    if not pool.path:
+        return _memory_for(pool, "farmem-pool", pool.capacity_bytes)
+    from farmem.poolfile import PoolFile
+
+    return PoolFile(pool, request.file_direct)
 
 
 def inherited_environment() -> dict[bytes, bytes]:
@@ -167,7 +196,11 @@ def _fork_supervisor(job: Job) -> int:
 
 def launch(job: Job, path: str, environment: dict[bytes, bytes]) -> NoReturn:
     """Start the supervisor and become the command."""
-    call_off = _fork_supervisor(job)
+    try:
+        call_off = _fork_supervisor(job)
+    except (FarmemError, OSError):
+        job.pool.discard()
+        raise
     # Python ignores these two from its start on; the command must not.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

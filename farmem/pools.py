@@ -1,25 +1,37 @@
 """--pool as people write it: where evicted pages go.
 
-Only `mem:` is known so far: the bytes stay on this host, in a sparse memfd that lives as
-long as the job.  Opening it is the job's business.
+`mem:` keeps the bytes on this host, in a sparse memfd; `file:` in a file of a local file
+system.  What is read here is only looked at, never made: opening is the job's business.
+A size stands before a path, never behind it, because a path can hold any character.
 """
 
 import os
+import resource
 from typing import NamedTuple
 
 from farmem.errors import FarmemError
 from farmem.sizes import format_bytes, parse_size
 
 EXTENT_BYTES = 2 << 20
-SCHEMES = {"mem": "memory of this host"}
-_KNOWN = "pools are: mem: (as large as this host's memory) and mem:SIZE, as mem:8G"
+SCHEMES = {"mem": "memory of this host", "file": "a file on this host's disk"}
+# More is only used when it was asked for: the ledger of a pool costs address space.
+FILE_BYTES_DEFAULT_MAX = 1 << 40
+# Others need space too: so much of what is free is left alone unless a size was given.
+_LEFT_FREE = 10
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+_KNOWN = (
+    "pools are: mem: (as large as this host's memory), mem:SIZE, "
+    "file:FOLDER, file:PATH, file:SIZE:PATH"
+)
+FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 
 
 class Pool(NamedTuple):
-    """A pool that was asked for."""
+    """A pool that was asked for; a path only for file:, absolute and without links."""
 
     url: str
     capacity_bytes: int
+    path: str = ""
 
 
 def host_memory_bytes() -> int:
@@ -30,13 +42,85 @@ def host_memory_bytes() -> int:
 def parse_pool(url: str) -> Pool:
     """A --pool URL, its capacity rounded down to whole extents."""
     scheme, colon, rest = url.partition(":")
-    if not colon or scheme != "mem":
-        raise FarmemError(f"there is no pool {url!r}", _KNOWN)
-    wanted_bytes = parse_size(rest, "pool size") if rest else host_memory_bytes()
+    if colon and scheme == "mem":
+        wanted_bytes = parse_size(rest, "pool size") if rest else host_memory_bytes()
+        return Pool(url, _whole_extents(url, wanted_bytes))
+    if colon and scheme == "file":
+        size, path = _split_file(url, rest)
+        path = _existing_place(url, path)
+        wanted_bytes = _free_bytes(path) if size is None else parse_size(size, "pool size")
+        return Pool(url, _whole_extents(url, wanted_bytes), path)
+    raise FarmemError(f"there is no pool {url!r}", _KNOWN)
+
+
+def _whole_extents(url: str, wanted_bytes: int) -> int:
     capacity_bytes = wanted_bytes // EXTENT_BYTES * EXTENT_BYTES
     if capacity_bytes == 0:
+        least = format_bytes(EXTENT_BYTES)
         raise FarmemError(
-            f"pool {url!r} is smaller than {format_bytes(EXTENT_BYTES)}, the least that is lent",
-            _KNOWN,
+            f"pool {url!r} has {format_bytes(wanted_bytes)}, and {least} are the least", _KNOWN
         )
-    return Pool(url, capacity_bytes)
+    return capacity_bytes
+
+
+def _split_file(url: str, rest: str) -> tuple[str | None, str]:
+    """The size, if any, and the path.  A path begins with / or . and a size never does."""
+    size, path = None, rest
+    if not rest.startswith(("/", ".")) and ":" in rest:
+        size, _, path = rest.partition(":")
+    if not path:
+        raise FarmemError(f"pool {url!r} names no path", FILE_HINT)
+    if not path.startswith(("/", ".")):
+        raise FarmemError(
+            f"pool {url!r}: the path {path!r} begins with neither / nor .",
+            f"write it as file:./{path}, or name a folder on a disk, as file:/var/tmp",
+        )
+    return size, path
+
+
+def _existing_place(url: str, path: str) -> str:
+    """The resolved path, if something is there or can be made there."""
+    resolved = os.path.realpath(path)
+    folder = resolved if os.path.isdir(resolved) else os.path.dirname(resolved)
+    if not os.path.isdir(folder):
+        raise FarmemError(f"pool {url!r}: there is no folder {folder!r}", FILE_HINT)
+    if path.endswith("/") and folder != resolved:
+        raise FarmemError(f"pool {url!r}: {resolved!r} is not a folder", FILE_HINT)
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        raise FarmemError(f"pool {url!r}: the folder {folder!r} can't be written to", FILE_HINT)
+    kind = file_system_of(folder)
+    if kind in _IN_MEMORY:
+        raise FarmemError(
+            f"pool {url!r}: {folder!r} lies in memory ({kind}), so nothing would be freed",
+            FILE_HINT,
+        )
+    return resolved
+
+
+def smaller_pool_hint(pool: Pool) -> str:
+    """What to type instead of a pool that is too large."""
+    smaller = f"file:8G:{pool.path}" if pool.path else "mem:8G"
+    return f"ask for a smaller one, as --pool {smaller}"
+
+
+def file_system_of(folder: str) -> str:
+    """The kind of file system that a folder lies in, as the kernel calls it; empty: unknown."""
+    device = os.stat(folder).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            words = line.split()
+            if words[2] == wanted:
+                return words[words.index("-") + 1]
+    return ""
+
+
+def _free_bytes(path: str) -> int:
+    """What the file system has free, as far as one file of this user may have it."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    there = os.statvfs(folder)
+    free_bytes = there.f_bavail * there.f_frsize
+    limit_bytes = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit_bytes != resource.RLIM_INFINITY:
+        free_bytes = min(free_bytes, limit_bytes)
+    return min(free_bytes - free_bytes // _LEFT_FREE, FILE_BYTES_DEFAULT_MAX)

@@ -5,6 +5,7 @@ children they fork at the same time.  Everything else in a slot that is not FREE
 to its process until that has died.
 """
 
+import threading
 import time
 from typing import Any
 
@@ -37,13 +38,36 @@ def _command_of(pid: int) -> str:
         return ""  # it has just gone
 
 
+class Trimmer:
+    """Returns what the dead had in the pool to the system: it can take long, so in a thread."""
+
+    def __init__(self, job: Job) -> None:
+        self._ledger: Any = job.ledger.pointer
+        self._pool_fd = job.pool.fd
+        self._bell = threading.Event()
+        self._started = False
+
+    def ring(self) -> None:
+        """A process has been reaped."""
+        self._bell.set()
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._bell.wait()
+            self._bell.clear()
+            lib.fm_pool_ledger_trim_reaped(self._ledger, self._pool_fd)
+
+
 class Slots:
     """The ledger of one job."""
 
     def __init__(self, job: Job) -> None:
         self._control: Any = job.control
         self._ledger: Any = job.ledger.pointer
-        self._pool: Any = job.pool.pointer
+        self._trimmer = Trimmer(job)
         self._in_use: set[int] = set()
         self._orphans: dict[int, int] = {}
         self._names = [name for name, _ in ffi.typeof("struct fm_counters").fields]
@@ -92,7 +116,9 @@ class Slots:
             self._totals[name] += getattr(proc.counters, name)
         self.peak_local_bytes = max(self.peak_local_bytes, proc.counters.peak_local_bytes)
         proc.state = lib.FM_PROC_DEAD
-        lib.fm_pool_ledger_reap(self._ledger, self._pool, slot)
+        if proc.adoptions:
+            lib.fm_pool_ledger_reap(self._ledger, slot, 1)
+            self._trimmer.ring()
         # All but the state first: a slot that reads FREE must be empty.
         ffi.buffer(ffi.addressof(proc))[4:] = bytes(ffi.sizeof("struct fm_proc") - 4)
         lib.fm_word_swap(self._state(slot), lib.FM_PROC_DEAD, lib.FM_PROC_FREE)

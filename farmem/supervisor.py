@@ -337,4 +337,5 @@ def supervise(job: Job, root_pid: int, root_pidfd: int, called_off: int) -> NoRe
             supervisor.say(f"the supervisor failed: {type(error).__name__}: {error}")
             supervisor.hold_until_gone()
     finally:
+        job.pool.discard()
         os._exit(status)

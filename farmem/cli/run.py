@@ -12,6 +12,7 @@ from farmem.filters import Filter, limited, parse_filter
 from farmem.job import (
     DEFECTS_VARIABLE,
     EVICT_VARIABLE,
+    FILE_IO_VARIABLE,
     JOB_VARIABLE,
     Job,
     Request,
@@ -58,6 +59,22 @@ def _parse_stats(path: str) -> str:
     return checks.check_stats_path(path) if path else ""
 
 
+def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
+    """How a test wants transfers with a file made, and whether past the page cache."""
+    ways: dict[str, int] = {
+        "auto": _native.lib.FM_FILE_IO_AUTO,
+        "uring": _native.lib.FM_FILE_IO_URING,
+        "threads": _native.lib.FM_FILE_IO_THREADS,
+    }
+    name, _, cache = os.fsdecode(environment.get(FILE_IO_VARIABLE, b"auto")).partition(",")
+    if name not in ways or cache not in ("", "buffered"):
+        raise FarmemError(
+            f"there is no way {name!r} {cache!r} to use a file",
+            "ways are: auto, uring, threads, each with or without ,buffered",
+        )
+    return ways[name], not cache
+
+
 @click.command(
     "run",
     cls=CommandLine,
@@ -81,7 +98,9 @@ def _parse_stats(path: str) -> str:
     type=Parsed("pool", parse_pool),
     default="mem:",
     show_default=True,
-    help="Where pages go: mem: or mem:SIZE. They stay on this host: for trying and testing.",
+    help="Where pages go. file:FOLDER: an unnamed file in a folder on a disk, gone with the job; "
+    "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
+    "is free there, up to 1T). mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(
     "--filter",
@@ -134,6 +153,7 @@ def command(
     path = checks.find_command(words[0], search)
     checks.check_program(path, search, checks.machine_of(library))
     access = checks.check_userfaultfd(no_pinned_io)
+    file_io, file_direct = _file_io_from(environment)
     request = Request(
         command=words,
         budget_bytes=budget_bytes,
@@ -145,6 +165,8 @@ def command(
         userfaultfd_way=access.way,
         defects=_defects_from(environment),
         evict_mode=_evict_mode_from(environment),
+        file_io=file_io,
+        file_direct=file_direct,
     )
     job = Job(request)
     launch(job, path, job.environment(environment, library))

@@ -25,11 +25,8 @@ void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io)
         b->chain->done(io);
 }
 
-static void trim_down(struct fm_backend *b, uint32_t extent)
-{
-    if (b->next != NULL)
-        b->next->trim(b->next, extent);
-}
+static bool grant_down(struct fm_backend *b, uint32_t extent) { return b->next == NULL || b->next->grant(b->next, extent); }
+static bool trim_down(struct fm_backend *b, uint32_t extent) { return b->next == NULL || b->next->trim(b->next, extent); }
 
 static void fm_backend_defaults(struct fm_backend *b)
 {
@@ -38,6 +35,7 @@ static void fm_backend_defaults(struct fm_backend *b)
     b->open = b->open != NULL ? b->open : open_nothing;
     b->submit = b->submit != NULL ? b->submit : submit_down;
     b->ended = b->ended != NULL ? b->ended : fm_backend_ended_up;
+    b->grant = b->grant != NULL ? b->grant : grant_down;
     b->trim = b->trim != NULL ? b->trim : trim_down;
 }
 
@@ -53,13 +51,22 @@ static const struct fm_backend *filter_of(uint32_t kind)
     return NULL;
 }
 
+static const struct fm_backend *backend_of(uint32_t kind)
+{
+    switch ((enum fm_backend_kind)kind) {
+    case FM_BACKEND_MEM: return &fm_backend_mem;
+    case FM_BACKEND_FILE: return &fm_backend_file;
+    }
+    return NULL;
+}
+
 struct fm_backend *fm_chain_open(struct fm_chain *chain, const struct fm_control *control)
 {
     uint32_t n = control->filters;
-    if (n > FM_FILTERS_MAX || control->backend != FM_BACKEND_MEM)
+    if (n > FM_FILTERS_MAX)
         return NULL;
     for (uint32_t k = 0; k <= n; k++) {
-        const struct fm_backend *kind = k < n ? filter_of(control->filter[k].kind) : &fm_backend_mem;
+        const struct fm_backend *kind = k < n ? filter_of(control->filter[k].kind) : backend_of(control->backend);
         if (kind == NULL)
             return NULL;
         struct fm_backend *b = &link_of[k];

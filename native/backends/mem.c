@@ -22,11 +22,12 @@ static void mem_submit(struct fm_backend *b, struct fm_io *io)
     b->ended(b, io);
 }
 
-static void mem_trim(struct fm_backend *b, uint32_t extent)
+static bool mem_trim(struct fm_backend *b, uint32_t extent)
 {
     uint64_t bytes = (uint64_t)FM_EXTENT_SLOTS * FM_PAGE_BYTES;
     /* Best effort: memory that stays allocated holds nothing that is read again. */
     (void)fm_sys(SYS_madvise, b->chain->pool + extent * bytes, bytes, MADV_REMOVE);
+    return true;
 }
 
 const struct fm_backend fm_backend_mem = {

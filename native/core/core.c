@@ -23,6 +23,8 @@ void fm_core_init(struct fm_core *c, uint32_t frames)
     }
     for (uint32_t k = 0; k < FM_STREAMS; k++)
         c->stream[k].next = FM_PAGE_NONE;
+    c->spare = FM_EXTENT_NONE;
+    c->failed_stores = 0;
 }
 
 void fm_charge(struct fm_core *c, int64_t pages)
@@ -53,6 +55,7 @@ void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
     for (uint32_t k = i; k < i + n; k++) {
         fm_state_set(c, b, k, FM_RESIDENT);
         b->flags[k] &= (uint16_t)~(FM_WAITING | FM_MARKER);
+        b->flags[k] |= c->copying ? FM_PUT_BACK : 0;
         bool queued = (b->flags[k] & FM_QUEUED) != 0;
         b->flags[k] |= FM_QUEUED;
         if (!queued)
@@ -133,7 +136,8 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
     *res = FM_REFUSED;
     if (c->can_move)
         *res = c->ops->move_in(c->ctx, b->page + i, frame, n, &moved);
-    if (*res == FM_REFUSED)
+    /* BUSY: the kernel tells the end of direct I/O a moment before it lets go of the frame.  What is in it is final. */
+    if (*res == FM_REFUSED || *res == FM_BUSY)
         *res = c->ops->copy_in(c->ctx, b->page + i + moved, frame + moved, n - moved, &copied);
     for (uint32_t k = 0; k < moved + copied; k++) {
         b->frame[i + k] = FM_FRAME_NONE;
@@ -338,10 +342,12 @@ static void store_done(struct fm_core *c, struct fm_io *done)
         c->ops->submit(c->ctx, done);
         return;
     }
-    if (io.status == 0)
+    if (io.status == 0) {
         fm_add(c->count->bytes_out, (uint64_t)io.n * FM_PAGE_BYTES);
-    else
+        __atomic_store_n(&c->failed_stores, 0, __ATOMIC_RELAXED);
+    } else if (__atomic_fetch_add(&c->failed_stores, 1, __ATOMIC_RELAXED) == 0) {
         c->ops->message(c->ctx, FM_LEVEL_WARNING, "the pool could not store pages: they stay local; error", (uint64_t)io.status);
+    }
     for (uint32_t f = io.frame; f < io.frame + io.n; f++) {
         c->ops->enter(c->ctx);
         struct fm_frame *fr = &c->frame[f];

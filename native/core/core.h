@@ -54,6 +54,7 @@ enum fm_flag_bits {
     FM_KEEP = 32,         /* never evict: thread control block, TLS, locked */
     FM_MARKER = 64,       /* staged at the end of a window: touching it starts the next */
     FM_DROPPING = 128,    /* our own drop is under way: its REMOVE event is not the program's */
+    FM_PUT_BACK = 1024,   /* became resident while the books were being copied for a fork: the child may not have it */
     FM_FOUND = 256,       /* was there at adoption and has not left since: it may have been freed (MADV_FREE) before
                            * we looked on, so missing means zeros */
     FM_PINNED = 512       /* the program asked for it: never evict until it says otherwise */
@@ -153,6 +154,7 @@ struct fm_ops {
     void (*unshare)(void *ctx, uint64_t page, uint32_t n);
     void (*drop_frames)(void *ctx, uint32_t frame, uint32_t n);
     void (*submit)(void *ctx, struct fm_io *io);                 /* ends in fm_core_io_done() */
+    bool (*grant)(void *ctx, uint32_t extent);                   /* space for an extent; false: there is none */
     /* memory for one block, zeroed; NULL: none to be had */
     struct fm_block *(*block_memory)(void *ctx);
     /* memory for the queue; old is given back (bytes 0: none) */
@@ -206,6 +208,7 @@ struct fm_core {
     uint32_t evict_mode;
     bool can_move;             /* UFFDIO_MOVE is there */
     bool can_poison;           /* so is UFFDIO_POISON; without it ops->poison ends the program */
+    bool copying;              /* the books are being copied for a fork */
     bool frames_shared;        /* vmsplice and the like were seen: never rewrite a frame */
     uint32_t overdraft;        /* > 0: the evictor itself may be waiting for a fault, so zeros are given over budget */
 
@@ -251,6 +254,9 @@ struct fm_core {
     fm_lock drops_lock;
     uint32_t drops[FM_FRAMES_MAX];
     uint32_t drops_n;
+
+    uint32_t spare;              /* the evictor's: an extent with its space granted, for the next block that needs one */
+    uint32_t failed_stores;      /* in a row: none has succeeded since */
 };
 
 /* ---- core.c */
@@ -321,6 +327,9 @@ bool fm_ranges_next(const struct fm_ranges *r, uint64_t page, uint64_t end, stru
  * on its way is settled by whether the child has it.  The child counts on the same slots. */
 void fm_core_forked(struct fm_core *c);
 
+/* From now on a fork may copy the books, page by page while they change.  With the world shared. */
+void fm_core_copying(struct fm_core *c, bool on);
+
 /* ---- within the core */
 struct fm_block *fm_block_find(struct fm_core *c, uint64_t page);   /* NULL: all FRESH */
 struct fm_block *fm_block_get(struct fm_core *c, uint64_t page);    /* made when needed; NULL: no memory */
@@ -348,6 +357,16 @@ void fm_queue_push(struct fm_core *c, uint64_t page, uint32_t n);
 bool fm_queue_pop(struct fm_core *c, uint64_t *page, uint32_t *n);
 uint64_t fm_queue_entries(struct fm_core *c);
 void fm_queue_unpop(struct fm_core *c, uint64_t page, uint32_t n);
+
+/* Within b's lock: may b[i] leave? */
+bool fm_slot_grant(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* b[i] is dirty: give it a slot that nobody shares; it stays without one if there is none. */
+void fm_slot_assign(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* Events only: nothing of the block is in its extent any more, so its space can go back. */
+void fm_extent_give_up(struct fm_core *c, struct fm_block *b);
+/* Outside every lock: have an extent at hand, near those of page's neighbours, whose space is granted; false: the pool
+ * is full. */
+bool fm_spare_ready(struct fm_core *c, uint64_t page);
 
 /* The window for a fault on page: how many pages from it on (>= 1). */
 uint32_t fm_stream_plan(struct fm_core *c, uint64_t page);

@@ -95,6 +95,7 @@ void fm_core_removed(struct fm_core *c, uint64_t page, uint64_t n)
         covered += w.n;
         for (uint32_t i = w.i; i < w.i + w.n; i++)
             remove_page(c, w.b, i);
+        fm_extent_give_up(c, w.b);
     }
     if (covered < n) {
         if (c->hull_first == c->hull_end)

@@ -11,41 +11,13 @@
 #include "fm_assert.h"
 
 #define BATCH_MAX 64u
+#define FULL_TRIES 64u        /* when the pool is full: how many entries that can't leave are passed over */
 
 /* Frames that hold pages on their way out. */
 struct batch {
     uint32_t n;
     uint32_t frame[BATCH_MAX];
 };
-
-static uint64_t slot_place(const struct fm_block *b, uint32_t i)
-{
-    return (uint64_t)b->extent * FM_EXTENT_SLOTS + i;
-}
-
-static bool slot_usable(struct fm_core *c, const struct fm_block *b, uint32_t i)
-{
-    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
-        return true;
-    return b->extent != FM_EXTENT_NONE &&
-           __atomic_load_n(&c->ledger.slot_refs[slot_place(b, i)], __ATOMIC_ACQUIRE) == 0;
-}
-
-/* Capacity is granted before a page leaves: it has a slot of its own, or its block has an extent with its place free. */
-static bool slot_grant(struct fm_core *c, struct fm_block *b, uint32_t i)
-{
-    if (slot_usable(c, b, i))
-        return true;
-    struct fm_block *before = fm_block_find(c, b->page - 1);
-    uint32_t hint = before != NULL && before->extent != FM_EXTENT_NONE ? before->extent + 1 : FM_EXTENT_NONE;
-    uint32_t e = fm_extent_take(&c->ledger, hint);
-    if (e == FM_EXTENT_NONE)
-        return false;
-    if (b->extent != FM_EXTENT_NONE)
-        fm_extent_release(&c->ledger, b->extent);
-    b->extent = e;
-    return slot_usable(c, b, i);
-}
 
 /* The program discarded the page, and the kernel may still be about to zap it.  Two turns: the first call of
  * fm_core_zaps_done() after the event may have been on its way before it. */
@@ -224,9 +196,9 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
         enum fm_res r = FM_REFUSED;
         if (batch->n == BATCH_MAX)
             return STEP_FRAMES;
-        if (evictable(c, b, i) && !slot_grant(c, b, i))
+        if (evictable(c, b, i) && !fm_slot_grant(c, b, i))
             return STEP_FULL;
-        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(c, b, i + n) && slot_grant(c, b, i + n))
+        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(c, b, i + n) && fm_slot_grant(c, b, i + n))
             n++;
         if (n == 0 && evictable(c, b, i) && !copy)
             return STEP_FRAMES;
@@ -309,17 +281,6 @@ static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *b
 
 /* ---- the second half: what becomes of the bytes ---------------------------------------------- */
 
-/* A dirty page gets the slot that its bytes will be stored in. */
-static void slot_assign(struct fm_core *c, struct fm_block *b, uint32_t i)
-{
-    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
-        return;
-    fm_slot_detach(c, b, i);
-    bool granted = slot_grant(c, b, i);
-    if (granted && fm_slot_take(&c->ledger, (uint32_t)slot_place(b, i)))
-        b->slot[i] = (uint32_t)slot_place(b, i);
-}
-
 void fm_drop_later(struct fm_core *c, uint32_t f)
 {
     fm_lock_take(&c->drops_lock);
@@ -390,7 +351,7 @@ static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
         fm_add(c->count->pages_dropped_clean, 1);
         decided(c, b, i, f, false);
     } else {
-        slot_assign(c, b, i);
+        fm_slot_assign(c, b, i);
         if (b->slot[i] == FM_SLOT_NONE) {
             no_slot(c, b, i, f);
         } else {
@@ -541,13 +502,24 @@ static bool more_frames(const struct fm_core *c)
     return fm_frames_of(c, FM_FRAME_EMPTY) > 0 || (copying(c) && fm_frames_of(c, FM_FRAME_FREE) > 0);
 }
 
-static enum fm_evict_result outcome(enum step s, bool some)
+/* What is left of the entry that was met needs an extent.  If there is none to be had its pages can't leave, but others
+ * behind them may have their slots already. */
+static void pool_full(struct fm_core *c, struct run *run, uint32_t *full)
+{
+    if (*full == 0 && fm_spare_ready(c, run->page))
+        return;
+    ++*full;
+    if (fm_queue_pop(c, &run->page, &run->n))
+        fm_queue_push(c, run->page, run->n);
+}
+
+static enum fm_evict_result outcome(enum step s, bool some, bool full)
 {
     if (s == STEP_RETRY)
         return FM_EVICT_RETRY;
-    if (s == STEP_FULL)
-        return FM_EVICT_FULL;
-    return some ? FM_EVICT_DONE : FM_EVICT_NOTHING;
+    if (some)
+        return FM_EVICT_DONE;
+    return full ? FM_EVICT_FULL : FM_EVICT_NOTHING;
 }
 
 enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
@@ -556,12 +528,17 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
     struct run run = { .queued = true };
     enum step s = STEP_OK;
     uint64_t tries = fm_queue_entries(c) + 1, out = 0;
+    uint32_t full = 0;
     put_back_dirty(c);
     run_drops(c);
     while (out + batch.n < n && s == STEP_OK && tries-- > 0 && fm_queue_pop(c, &run.page, &run.n)) {
         run.unshared = false;
         run.busy = 0;
         s = evict_entry(c, &run, &batch);
+        if (s == STEP_FULL && full < FULL_TRIES) {
+            pool_full(c, &run, &full);
+            s = STEP_OK;
+        }
         uint32_t had = batch.n;
         if (had < BATCH_MAX / 2 && s == STEP_OK)
             continue;
@@ -574,7 +551,7 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
     out += batch.n;
     finish(c, &batch);
     run_drops(c);
-    return outcome(s, out > 0);
+    return outcome(s, out > 0, full > 0);
 }
 
 enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint32_t n, uint32_t *done)
@@ -585,8 +562,10 @@ enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint3
     struct batch batch = { .n = 0 };
     struct run run = { .page = page, .n = n };
     enum step s = evict_entry(c, &run, &batch);
+    if (s == STEP_FULL && fm_spare_ready(c, run.page))
+        s = evict_entry(c, &run, &batch);
     *done = n - run.n;
     finish(c, &batch);
     run_drops(c);
-    return outcome(s, *done > 0);
+    return outcome(s, *done > 0, s == STEP_FULL);
 }

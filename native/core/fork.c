@@ -12,6 +12,8 @@
 
 static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t there)
 {
+    bool in_pool = b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0;
+    bool put_back = (b->flags[i] & FM_PUT_BACK) != 0;
     b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_PINNED;
     b->frame[i] = FM_FRAME_NONE;
     switch ((enum fm_state)b->state[i]) {
@@ -20,17 +22,15 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
     case FM_ARRIVING:
         if ((there & 1) != 0)
             b->state[i] = FM_RESIDENT;
-        else if (b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0)
-            b->state[i] = FM_REMOTE;
         else
-            b->state[i] = FM_LOST;
+            b->state[i] = in_pool ? FM_REMOTE : FM_LOST;
         break;
     case FM_RESIDENT:
         if ((there & 1) != 0)
             break;
-        /* With a slot it was not discarded (that takes the slot away) but put back while the memory was being copied: the
-         * child has not got it, and its slot holds the bytes. */
-        if (b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0) {
+        /* Put back while the memory was being copied, it is not the child's, but its slot holds the bytes.  Otherwise a
+         * page that was discarded has been zapped since, and its slot holds what it was before. */
+        if (in_pool && (put_back || !fm_missing_means_zeros(b, i))) {
             b->state[i] = FM_REMOTE;
             break;
         }
@@ -38,7 +38,7 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
         b->state[i] = fm_missing_means_zeros(b, i) ? FM_FRESH : FM_LOST;
         break;
     case FM_REMOTE:           /* without its slot: it was being forgotten just then */
-        if (b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) == 0) {
+        if (!in_pool) {
             fm_slot_detach(c, b, i);
             b->state[i] = fm_missing_means_zeros(b, i) ? FM_FRESH : FM_LOST;
         }
@@ -70,9 +70,21 @@ static void settle_block(struct fm_core *c, struct fm_block *b)
     }
 }
 
+void fm_core_copying(struct fm_core *c, bool on)
+{
+    for (struct fm_block *b = on ? c->blocks : NULL; b != NULL; b = b->next) {
+        fm_lock_take(&b->lock);
+        for (uint32_t i = 0; i < FM_BLOCK_PAGES; i++)
+            b->flags[i] &= (uint16_t)~FM_PUT_BACK;
+        fm_lock_drop(&b->lock);
+    }
+    __atomic_store_n(&c->copying, on, __ATOMIC_SEQ_CST);
+}
+
 void fm_core_forked(struct fm_core *c)
 {
     fm_lock free_lock = { 0 };
+    c->copying = false;
     c->blocks_lock = c->frames_lock = c->queue_lock = c->streams_lock = c->drops_lock = free_lock;
     c->queue_head = c->queue_tail = 0;
     c->drops_n = 0;
@@ -81,7 +93,7 @@ void fm_core_forked(struct fm_core *c)
     c->overdraft = 0;
     __builtin_memset(c->bits, 0, sizeof c->bits);
     __builtin_memset(c->kind_n, 0, sizeof c->kind_n);
-    fm_core_init(c, c->frames_n);
+    fm_core_init(c, c->frames_n);          /* forgets the spare extent: it is the parent's */
     fm_assert(c->limbo == NULL);
     for (struct fm_block *b = c->blocks; b != NULL; b = b->next)
         settle_block(c, b);

@@ -5,8 +5,11 @@
  */
 #include "pool_ledger.h"
 
+#include <linux/falloc.h>
 #include <stddef.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "control.h"
 #include "fm_assert.h"
@@ -15,6 +18,8 @@
 #define REFS_FREEING 0xffffffffu
 #define SLOT_BYTES 4096ull
 #define EXTENT_BYTES (FM_EXTENT_SLOTS * SLOT_BYTES)
+#define REAPER FM_PROCS_MAX     /* as a process's number: what the supervisor trims for the dead */
+#define PUNCH_EXTENTS_MAX 16u   /* a hole is punched with the file locked: others want to read it meanwhile */
 
 struct head {
     uint64_t magic;
@@ -103,6 +108,13 @@ uint32_t fm_extent_take(struct fm_pool_ledger *l, uint32_t hint)
     return FM_EXTENT_NONE;
 }
 
+/* The owner first: whoever takes the extent next writes its own. */
+static void extent_trimmed(struct fm_pool_ledger *l, uint32_t e)
+{
+    __atomic_store_n(&l->extent_owner[e], 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&l->extent_refs[e], 0, __ATOMIC_RELEASE);
+}
+
 /* The last reference is gone: give the memory back before anyone may take the
  * extent again, or the trim would destroy the next owner's bytes. */
 static void extent_put(struct fm_pool_ledger *l, uint32_t e)
@@ -111,9 +123,28 @@ static void extent_put(struct fm_pool_ledger *l, uint32_t e)
     fm_assert(left != REFS_FREEING);
     if (left != 0 || !swap32(&l->extent_refs[e], 0, REFS_FREEING))
         return;
-    if (l->trim != NULL)
-        l->trim(l->trim_ctx, e);
-    __atomic_store_n(&l->extent_refs[e], 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&l->extent_owner[e], l->proc + 1, __ATOMIC_RELEASE);   /* should we die now, the reaper trims it */
+    if (l->trim == NULL || l->trim(l->trim_ctx, e))
+        extent_trimmed(l, e);
+}
+
+static bool to_trim(const struct fm_pool_ledger *l, uint32_t e)
+{
+    return e < l->extents && __atomic_load_n(&l->extent_refs[e], __ATOMIC_ACQUIRE) == REFS_FREEING &&
+           __atomic_load_n(&l->extent_owner[e], __ATOMIC_ACQUIRE) == l->proc + 1;
+}
+
+void fm_pool_ledger_trim(struct fm_pool_ledger *l, void (*punch)(void *ctx, uint32_t extent, uint32_t n), void *ctx)
+{
+    for (uint32_t e = 0; e < l->extents; e++) {
+        uint32_t n = 0;
+        while (n < PUNCH_EXTENTS_MAX && to_trim(l, e + n))
+            n++;
+        if (n > 0)
+            punch(ctx, e, n);
+        for (uint32_t k = 0; k < n; k++)
+            extent_trimmed(l, e + k);
+    }
 }
 
 void fm_extent_release(struct fm_pool_ledger *l, uint32_t e)
@@ -121,6 +152,11 @@ void fm_extent_release(struct fm_pool_ledger *l, uint32_t e)
     fm_assert(e < l->extents);
     if (swap32(&l->extent_owner[e], l->proc + 1, 0))
         extent_put(l, e);
+}
+
+bool fm_extent_idle(struct fm_pool_ledger *l, uint32_t e)
+{
+    return __atomic_load_n(&l->extent_refs[e], __ATOMIC_ACQUIRE) == 1;
 }
 
 static void count_used(struct head *h)
@@ -177,23 +213,43 @@ void fm_pool_ledger_fork(struct fm_pool_ledger *l, uint32_t child)
     }
 }
 
-static void trim_mapped(void *pool, uint32_t extent)
+static bool put_off(void *ctx, uint32_t extent)
 {
-    /* Best effort: an extent that stays allocated holds nothing that is read again. */
-    (void)madvise((char *)pool + extent * EXTENT_BYTES, EXTENT_BYTES, MADV_REMOVE);
+    (void)ctx;
+    (void)extent;
+    return false;
 }
 
-void fm_pool_ledger_reap(void *base, void *pool, uint32_t proc)
+static void punch_file(void *pool_fd, uint32_t extent, uint32_t n)
+{
+    /* Best effort: an extent that stays allocated holds nothing that is read again. */
+    (void)syscall(SYS_fallocate, *(int *)pool_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, extent * EXTENT_BYTES,
+                  n * EXTENT_BYTES);
+}
+
+void fm_pool_ledger_trim_reaped(void *base, int pool_fd)
+{
+    struct fm_pool_ledger l;
+    fm_pool_ledger_view(&l, base, 0);
+    l.proc = REAPER;
+    fm_pool_ledger_trim(&l, punch_file, &pool_fd);
+}
+
+void fm_pool_ledger_reap(void *base, uint32_t proc, int trim_later)
 {
     struct fm_pool_ledger l;
     fm_pool_ledger_view(&l, base, proc);
-    l.trim = pool != NULL ? trim_mapped : NULL;
-    l.trim_ctx = pool;
+    l.trim = trim_later != 0 ? put_off : NULL;
     for (uint32_t w = 0; w < l.extents * (FM_EXTENT_SLOTS / 64); w++)
         for (uint64_t bits = l.bitmap[w]; bits != 0; bits &= bits - 1)
             fm_slot_release(&l, w * 64 + (uint32_t)__builtin_ctzll(bits));
-    for (uint32_t e = 0; e < l.extents; e++)
-        fm_extent_release(&l, e);
+    for (uint32_t e = 0; e < l.extents; e++) {
+        if (!to_trim(&l, e))
+            fm_extent_release(&l, e);
+        /* The number of the dead may soon be another's, which trims what bears it. */
+        if (to_trim(&l, e))
+            __atomic_store_n(&l.extent_owner[e], REAPER + 1, __ATOMIC_RELEASE);
+    }
     /* Reading a hole of a memfd fills it: give the bitmap's pages back. */
     (void)madvise(l.bitmap, layout_of(l.extents).bitmap_bytes, MADV_REMOVE);
 }

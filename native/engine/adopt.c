@@ -247,7 +247,7 @@ static void consider(const struct mapping *m)
 {
     if (!m->anonymous && m->private && m->writable && m->path[0] == '/')
         scan.file_end = strcmp(m->path, fm.exe) == 0 ? 0 : m->end;
-    if (strstr(m->path, "[io_uring]") != NULL)
+    if (strstr(m->path, "[io_uring]") != NULL && !fm_file_mapped(m->start))
         scan.io_uring = true;
     if (!plain_anonymous(m) || (scan.file_end != 0 && m->start == scan.file_end))
         return;
@@ -410,10 +410,10 @@ static bool staging_open(void)
     return fm_uffd_register((uint64_t)r, (uint64_t)r + bytes);
 }
 
-static void trim_extent(void *ctx, uint32_t extent)
+static bool trim_extent(void *ctx, uint32_t extent)
 {
     struct fm_backend *b = ctx;
-    b->trim(b, extent);
+    return b->trim(b, extent);
 }
 
 static bool pool_open(void)
@@ -421,7 +421,9 @@ static bool pool_open(void)
     struct fm_core *c = &fm.core;
     fm_pool_ledger_view(&c->ledger, fm.ledger_base, fm.slot);
     fm.chain = (struct fm_chain){ .frames = fm.frames, .ledger = &c->ledger, .count = &fm.proc->counters, .pool = fm.pool,
-                                  .pool_bytes = fm.control->pool_bytes, .thread = fm_thread_start, .done = transfer_done };
+                                  .pool_fd = fm.pool_fd, .file_io = fm.control->file_io, .pool_bytes = fm.control->pool_bytes,
+                                  .thread = fm_thread_start, .done = transfer_done, .say = fm_say,
+                                  .gate_in = fm_fork_gate_in, .gate_out = fm_fork_gate_out };
     fm.backend = fm_chain_open(&fm.chain, fm.control);
     if (fm.backend == NULL)
         return false;
@@ -499,7 +501,7 @@ static bool claim_slot(uint32_t slot)
 bool fm_adopt_forked(uint32_t slot)
 {
     bool alone = !fm_wire_join(slot);
-    if (alone && (fm_wire_refused() || !claim_slot(slot)))
+    if (alone && (fm_wire_refused() || !claim_slot(slot) || !fm_wire_pool_of_parent()))
         return false;
     if (!fm_uffd_open() || !staging_open())
         return false;

@@ -27,7 +27,7 @@
 #define FM_FORK_UNMAPS 8u
 #define FM_PARKED_MAX 1024u
 #define FM_STACK_BYTES 65536u
-#define FM_THREADS_MAX 16u
+#define FM_THREADS_MAX 24u
 
 /* Engine states, in order. */
 enum fm_engine_state {
@@ -64,7 +64,9 @@ struct fm_engine {
     struct fm_control *control;
     struct fm_proc *proc;
     void *ledger_base;
-    char *pool;
+    char *pool;                        /* mem: mapped */
+    int pool_fd;                       /* file: in the engine's descriptor table */
+    uint32_t table_tid;                /* a thread with that table, by which a forked child finds the file */
     uint64_t features;                 /* of the userfaultfd */
     bool pagemap_scan;
 
@@ -91,6 +93,7 @@ struct fm_engine {
     struct fm_range fork_unmaps[FM_FORK_UNMAPS];
     uint64_t remaps;                   /* REMAP events applied */
     uint32_t io_busy;                  /* stores and fetches under way */
+    uint32_t completing;               /* threads that are applying the end of one */
     uint64_t mm_events;                /* UNMAP and REMAP events applied */
     fm_lock fork_lock;                 /* adoption and fork exclude each other */
     uint32_t fork_slot;
@@ -131,11 +134,13 @@ struct fm_part {
 };
 void fm_say_parts(int level, const struct fm_part *part, uint32_t n);   /* texts and numbers in turn; the last text only */
 _Noreturn void fm_end_program(void);
+uint32_t fm_put_number(char *to, uint32_t at, uint64_t n, uint32_t base);   /* to has FM_MESSAGE_BYTES, or enough; the new end */
 
 /* wire.c */
 bool fm_wire_join(uint32_t slot);
 bool fm_wire_refused(void);            /* fm_wire_join() failed because the supervisor said no, not for want of one */
 bool fm_wire_adopt(void);
+bool fm_wire_pool_of_parent(void);     /* in the child of a fork without a supervisor */
 bool fm_wire_alive(void);
 
 /* uffd.c */
@@ -205,6 +210,8 @@ void fm_fork_prepare_libc(void);          /* ... for libc's fork(), which walks 
 void fm_fork_parent(void);
 void fm_fork_child(void);
 void fm_fork_stand_still(void);           /* evictor: does what fm.freeze asks for */
+void fm_fork_gate_in(void);               /* around what other threads than the reader change in the books */
+void fm_fork_gate_out(void);
 bool fm_fork_sleeps(void);                /* the forking thread waits for somebody, so it is not copying now */
 
 #endif

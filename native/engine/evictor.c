@@ -10,6 +10,10 @@
 
 #define BATCH 64u
 #define IDLE_NS 20000000
+#define FULL_FORGOTTEN_NS 60000000000ull
+#define REFUSALS 64u              /* so many stores must have failed in a row */
+#define REFUSED_NS 10000000ull
+#define GIVEN_NS 1000000000ull
 
 void fm_evictor_ring(void)
 {
@@ -51,21 +55,54 @@ static void retry_parked(void)
     }
 }
 
-static void tell_when_full(bool full)
+/* Once, and again only when it has not been full for long. */
+static void tell_when_full(void)
 {
-    static bool told;
-    if (full && !told)
-        fm_say(FM_LEVEL_WARNING, "the pool is full: pages stay local, over the budget.", 0);
-    told = full;
+    static uint64_t full_ns;
+    uint64_t before = full_ns;
+    full_ns = fm_now_ns();
+    if (before != 0 && full_ns - before < FULL_FORGOTTEN_NS)
+        return;
+    const char *why = fm.chain.full;
+    fm_say(FM_LEVEL_WARNING, why != NULL ? why : "the pool is full: pages stay local, over the budget.", fm.chain.full_errno);
 }
+
+/* When nothing more can leave, what is here now is as near to the budget as can be: from then on pages are only
+ * exchanged.  To go on emptying staging would only slow the program down. */
+static struct {
+    int64_t pages;
+    uint64_t until_ns;
+} given;
+
+static int64_t room_of(const struct fm_core *c)
+{
+    int64_t limit = __atomic_load_n(&c->limit_pages, __ATOMIC_RELAXED);
+    int64_t local = __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+    if (given.until_ns != 0 && limit < given.pages && fm_now_ns() < given.until_ns)
+        limit = given.pages;
+    return limit - local;
+}
+
+/* The pool refuses whatever it is given (a device that fails, say): as good as full, but tried now and then. */
+static bool refuses(struct fm_core *c) { return __atomic_load_n(&c->failed_stores, __ATOMIC_RELAXED) >= REFUSALS; }
 
 static bool evict(struct fm_core *c)
 {
-    enum fm_evict_result r = fm_core_evict(c, BATCH);
-    tell_when_full(r == FM_EVICT_FULL);
+    static uint64_t tried_ns;
+    uint64_t now = fm_now_ns();
+    if (refuses(c) && now - tried_ns < REFUSED_NS)
+        return false;
+    tried_ns = now;
+    enum fm_evict_result r = fm_core_evict(c, refuses(c) ? 1 : BATCH);
+    if (r == FM_EVICT_FULL || refuses(c)) {
+        given.pages = __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+        given.until_ns = now + GIVEN_NS;
+    }
+    if (r == FM_EVICT_FULL)
+        tell_when_full();
     if (r == FM_EVICT_RETRY)
         fm_sleep_ns(20000);
-    return r == FM_EVICT_DONE || r == FM_EVICT_RETRY;
+    return !refuses(c) && (r == FM_EVICT_DONE || r == FM_EVICT_RETRY);
 }
 
 /* How many empty frames call for an eviction: staging fills up as the budget runs out, and from then on each frame that a
@@ -80,7 +117,7 @@ static uint32_t empty_enough(const struct fm_core *c, int64_t room)
 /* One step towards the budget.  False: nothing to do, or nothing can be done now. */
 static bool step(struct fm_core *c)
 {
-    int64_t room = __atomic_load_n(&c->limit_pages, __ATOMIC_RELAXED) - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
+    int64_t room = room_of(c);
     bool copying = !c->can_move || c->evict_mode == FM_EVICT_COPY;
     bool did = false;
     if (fm_frames_of(c, FM_FRAME_DEAD) > 0)
@@ -101,7 +138,7 @@ static bool step(struct fm_core *c)
 /* Nothing can leave (all pinned or locked, the pool is full): whoever waits for a frame gets one over the budget. */
 static void give_over_budget(struct fm_core *c)
 {
-    if (__atomic_load_n(&fm.io_busy, __ATOMIC_ACQUIRE) != 0)
+    if (!refuses(c) && __atomic_load_n(&fm.io_busy, __ATOMIC_ACQUIRE) != 0)
         return;
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
     retry_parked();

@@ -22,6 +22,8 @@
 #define VERDICT_NS 10000000000ull
 #define SCAN_TRIES 1000
 #define LOOK_NS 1000000
+#define GATE_LOOK_NS 200000
+#define GATE_STEP_NS 20000
 
 static bool forking(void) { return fm.state == FM_ENGINE_ADOPTED && (fm.control->defects & FM_DEFECT_IGNORE_FORK) == 0; }
 
@@ -90,7 +92,7 @@ static void child_never_was(void)
     uint32_t reserved = FM_PROC_FORKING;
     if (!__atomic_compare_exchange_n(&p->state, &reserved, FM_PROC_DEAD, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
         return;
-    fm_pool_ledger_reap(fm.ledger_base, NULL, fm.fork_slot);
+    fm_pool_ledger_reap(fm.ledger_base, fm.fork_slot, 0);
     __builtin_memset(&p->counters, 0, sizeof p->counters);
     __atomic_store_n(&p->state, FM_PROC_FREE, __ATOMIC_RELEASE);
 }
@@ -110,6 +112,7 @@ static void prepare_child(struct fm_core *c)
     fm_world_share(&fm.world);
     if (fm.fork_slot != FM_SLOT_ANY)
         fm_pool_ledger_fork(&c->ledger, fm.fork_slot);
+    fm_core_copying(c, true);
     fm_managed_advise(MADV_DOFORK);
     fm_world_unshare(&fm.world);
 }
@@ -128,6 +131,28 @@ static void wait_for_thaw(void)
     }
 }
 
+/* Transfers that end on threads of the pool's own change the books: none may while a fork copies them.  The forking
+ * thread itself may wait for one, though, or for a lock whose holder does.  Not for the reader, which is held otherwise. */
+void fm_fork_gate_in(void)
+{
+    for (;;) {
+        __atomic_add_fetch(&fm.completing, 1, __ATOMIC_SEQ_CST);
+        bool held = __atomic_load_n(&fm.hold, __ATOMIC_SEQ_CST) != 0;
+        if (!held || (__atomic_load_n(&fm.frozen, __ATOMIC_SEQ_CST) != 0 && fm_fork_sleeps()))
+            return;
+        fm_fork_gate_out();
+        fm_futex_wait(&fm.hold, 1, GATE_LOOK_NS);
+    }
+}
+
+void fm_fork_gate_out(void) { __atomic_sub_fetch(&fm.completing, 1, __ATOMIC_SEQ_CST); }
+
+static void wait_for_gate(void)
+{
+    while (__atomic_load_n(&fm.completing, __ATOMIC_SEQ_CST) != 0)
+        fm_sleep_ns(GATE_STEP_NS);
+}
+
 static void stand_still(void)
 {
     struct fm_core *c = &fm.core;
@@ -138,6 +163,7 @@ static void stand_still(void)
         fm_sleep_ns(50000);
     }
     fm_front_thread_hold();
+    wait_for_gate();
     prepare_child(c);
     uint64_t remaps = __atomic_load_n(&fm.remaps, __ATOMIC_ACQUIRE);
     fm.fork_unmaps_n = 0;
@@ -150,6 +176,7 @@ static void stand_still(void)
     else if (fm.fork_slot != FM_SLOT_ANY)
         judge_child(remaps);
     fm_world_share(&fm.world);
+    fm_core_copying(c, false);
     fm_managed_advise(MADV_DONTFORK);
     fm_world_unshare(&fm.world);
     fm_add(fm.proc->counters.forks, 1);
@@ -174,14 +201,7 @@ void fm_fork_stand_still(void)
 bool fm_fork_sleeps(void)
 {
     char name[32], text[64];
-    uint32_t n = 0, tid = fm.fork_tid;
-    char digits[16];
-    do {
-        digits[n++] = (char)('0' + tid % 10);
-        tid /= 10;
-    } while (tid > 0);
-    for (uint32_t k = 0; k < n; k++)
-        name[k] = digits[n - 1 - k];
+    uint32_t n = fm_put_number(name, 0, fm.fork_tid, 10);
     __builtin_memcpy(name + n, "/stat", 6);
     long fd = fm_sys(SYS_openat, fm.tasks, name, O_RDONLY | O_CLOEXEC);
     long got = fd >= 0 ? fm_sys(SYS_read, fd, text, sizeof text - 1) : 0;
@@ -337,7 +357,7 @@ static void reset_locks(void)
     fm.parked_n = fm.discards_n = 0;
     fm.bell = fm.evictor_sleeps = fm.freeze = fm.frozen = fm.thaw = 0;
     fm.hold = fm.held = fm.reader_waits = 0;
-    fm.io_busy = 0;
+    fm.io_busy = fm.completing = 0;
     fm.child_ready = 0;
     fm.keeper = false;
     fm_threads_reset();

@@ -16,7 +16,7 @@ static uint32_t put_text(char *to, uint32_t at, const char *from)
     return at;
 }
 
-static uint32_t put_number(char *to, uint32_t at, uint64_t n, uint32_t base)
+uint32_t fm_put_number(char *to, uint32_t at, uint64_t n, uint32_t base)
 {
     char digits[24];
     uint32_t k = 0;
@@ -44,7 +44,7 @@ void fm_say(int level, const char *text, uint64_t number)
     bool hex = ends_with(text, "address");
     if (!ends_with(text, ".")) {
         at = put_text(line, at, hex ? " 0x" : " ");
-        at = put_number(line, at, number, hex ? 16 : 10);
+        at = fm_put_number(line, at, number, hex ? 16 : 10);
     }
     line[at] = 0;
     if ((fm.early_defects & FM_DEFECT_LOG_TO_STDERR) != 0) {
@@ -69,7 +69,7 @@ void fm_say_parts(int level, const struct fm_part *part, uint32_t n)
     for (uint32_t k = 0; k < n; k++) {
         at = put_text(text, at, part[k].text);
         if (k + 1 < n)
-            at = put_number(text, at, part[k].number, 10);
+            at = fm_put_number(text, at, part[k].number, 10);
     }
     at = put_text(text, at, ".");
     text[at] = 0;

@@ -241,6 +241,12 @@ static void op_submit(void *ctx, struct fm_io *io)
     fm.backend->submit(fm.backend, io);
 }
 
+static bool op_grant(void *ctx, uint32_t extent)
+{
+    (void)ctx;
+    return fm.backend->grant(fm.backend, extent);
+}
+
 static void op_enter(void *ctx)
 {
     (void)ctx;
@@ -309,6 +315,7 @@ const struct fm_ops fm_engine_ops = {
     .unshare = op_unshare,
     .drop_frames = op_drop_frames,
     .submit = op_submit,
+    .grant = op_grant,
     .block_memory = op_block_memory,
     .memory = op_memory,
     .message = op_message,

@@ -3,6 +3,7 @@
  * Runs on engine threads, in their descriptor table: nothing of it is inherited or can be closed by the program.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stddef.h>
 #include <string.h>
@@ -74,8 +75,8 @@ static bool map_job(const int *fds)
         if (c == NULL || c->magic != FM_CONTROL_MAGIC || c->version != FM_CONTROL_VERSION || c->bytes != sizeof *c)
             return false;
         fm.ledger_base = map_shared(fds[1], fm_pool_ledger_bytes(c->pool_bytes));
-        fm.pool = map_shared(fds[2], c->pool_bytes);
-        if (fm.ledger_base == NULL || fm.pool == NULL) {
+        fm.pool = c->backend == FM_BACKEND_MEM ? map_shared(fds[2], c->pool_bytes) : NULL;
+        if (fm.ledger_base == NULL || (c->backend == FM_BACKEND_MEM && fm.pool == NULL)) {
             fm.control = c;                /* to say it */
             fm_say(FM_LEVEL_ERROR, "a process has no address space left for the pool (a limit on it?): not managed.", 0);
             fm.control = NULL;
@@ -83,7 +84,10 @@ static bool map_job(const int *fds)
         }
         fm.control = c;
     }
-    for (int k = 0; k < 3; k++)
+    bool is_file = fm.control->backend == FM_BACKEND_FILE;
+    fm.pool_fd = is_file ? fds[2] : -1;
+    fm.table_tid = (uint32_t)fm_sys(SYS_gettid);
+    for (int k = 0; k < (is_file ? 2 : 3); k++)
         fm_sys(SYS_close, fds[k]);
     return true;
 }
@@ -94,6 +98,23 @@ static void set_patience(int sock)
     const struct timeval t = { .tv_sec = PATIENCE_S };
     fm_sys(SYS_setsockopt, sock, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
     fm_sys(SYS_setsockopt, sock, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);
+}
+
+/* Not with a descriptor of the program's table, which the child has inherited, but from the engine's, which it has not:
+ * through /proc, as the same file, whether it still has a name or never had one. */
+bool fm_wire_pool_of_parent(void)
+{
+    char path[64] = "/proc/";
+    uint32_t at = 6;
+    if (fm.control->backend != FM_BACKEND_FILE)
+        return true;
+    at = fm_put_number(path, at, fm.table_tid, 10);
+    __builtin_memcpy(path + at, "/fd/", 4);
+    path[fm_put_number(path, at + 4, (uint64_t)fm.pool_fd, 10)] = 0;
+    int direct = (fm.control->flags & FM_FLAG_POOL_DIRECT) != 0 ? O_DIRECT : 0;
+    fm.pool_fd = (int)fm_sys(SYS_openat, AT_FDCWD, path, O_RDWR | O_CLOEXEC | direct);
+    fm.table_tid = (uint32_t)fm_sys(SYS_gettid);
+    return fm.pool_fd >= 0;
 }
 
 bool fm_wire_join(uint32_t slot)

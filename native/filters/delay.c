@@ -38,12 +38,15 @@ static void delay_run(void *arg)
         uint64_t next_ns;
         uint32_t *bell = (uint32_t *)&b->word[PENDING];
         struct fm_io *io = due(b, fm_now_ns(), &next_ns);
-        if (io != NULL)
+        if (io != NULL) {
+            b->chain->gate_in();
             b->next->submit(b->next, io);
-        else if (next_ns == UINT64_MAX)
+            b->chain->gate_out();
+        } else if (next_ns == UINT64_MAX) {
             fm_futex_wait(bell, 0, -1);
-        else if (next_ns > SPIN_BELOW_NS)
+        } else if (next_ns > SPIN_BELOW_NS) {
             fm_sleep_ns(next_ns - SPIN_BELOW_NS);
+        }
     }
 }
 

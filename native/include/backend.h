@@ -22,9 +22,16 @@ struct fm_chain {
     struct fm_pool_ledger *ledger;
     struct fm_counters *count;
     char *pool;                       /* mem: the mapped pool */
+    int pool_fd;                      /* file: the open file, in the engine's descriptor table */
+    uint32_t file_io;                 /* enum fm_file_io */
     uint64_t pool_bytes;
+    const char *full;                 /* what to say when no space could be granted; NULL: there is space, or was no try */
+    uint64_t full_errno;
     bool (*thread)(void (*run)(void *), void *arg);   /* start a thread of the engine's */
     void (*done)(struct fm_io *io);   /* the top of the chain */
+    void (*say)(int level, const char *text, uint64_t number);
+    void (*gate_in)(void);            /* a thread of the chain's own is about to pass a transfer on: waits while a fork goes on */
+    void (*gate_out)(void);
 };
 
 struct fm_backend {
@@ -34,7 +41,8 @@ struct fm_backend {
     bool (*open)(struct fm_backend *b);
     void (*submit)(struct fm_backend *b, struct fm_io *io);
     void (*ended)(struct fm_backend *b, struct fm_io *io);
-    void (*trim)(struct fm_backend *b, uint32_t extent);
+    bool (*grant)(struct fm_backend *b, uint32_t extent);   /* space for an extent; may wait.  False: there is none */
+    bool (*trim)(struct fm_backend *b, uint32_t extent);    /* give it back; never waits: see pool_ledger.h */
     struct fm_backend *next;          /* towards the bytes; NULL at the backend */
     struct fm_backend *up;            /* towards the core; NULL at the top */
     struct fm_chain *chain;
@@ -50,7 +58,11 @@ struct fm_backend *fm_chain_open(struct fm_chain *chain, const struct fm_control
 /* The default of ended(), for filters that have looked at the transfer and pass it on. */
 void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io);
 
-extern const struct fm_backend fm_backend_mem, fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
+/* file.c: is this one of the backend's own mappings? */
+bool fm_file_mapped(uint64_t start);
+
+extern const struct fm_backend fm_backend_mem, fm_backend_file;
+extern const struct fm_backend fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
 
 static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)
 {

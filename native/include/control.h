@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 2
+#define FM_CONTROL_VERSION 3
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -61,6 +61,8 @@ struct fm_counters {
     uint64_t engine_bytes;            /* memory of the engine itself */
     uint64_t managed_bytes;           /* memory ranges registered with us */
     uint64_t peak_local_bytes;
+    uint64_t transfers_uring;         /* file: transfers that ended, by io_uring ... */
+    uint64_t transfers_threads;       /* ... and by a thread that waits for each */
 };
 
 enum fm_proc_state {
@@ -153,7 +155,7 @@ struct fm_control {
     uint32_t filters;                 /* how many of filter[] are used */
     uint32_t userfaultfd_way;         /* enum fm_uffd_way: how `farmem run` found it can be had */
     uint32_t procs_high;              /* no slot from this one on was ever used */
-    uint32_t pad;
+    uint32_t file_io;                 /* enum fm_file_io */
     uint64_t pool_stored_pages;       /* slots in use now, all processes */
     uint64_t pool_peak_pages;
     uint64_t message_next;
@@ -164,10 +166,12 @@ struct fm_control {
 };
 
 enum fm_flag {
-    FM_FLAG_NO_PINNED_IO = 1          /* the user vouches that no page is pinned (Linux before 6.8) */
+    FM_FLAG_NO_PINNED_IO = 1,         /* the user vouches that no page is pinned (Linux before 6.8) */
+    FM_FLAG_POOL_DIRECT = 2           /* file: opened for direct I/O */
 };
 
-enum fm_backend_kind { FM_BACKEND_MEM = 1 };
+enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2 };
+enum fm_file_io { FM_FILE_IO_AUTO = 0, FM_FILE_IO_URING = 1, FM_FILE_IO_THREADS = 2 };   /* auto: io_uring if it can be had */
 enum fm_uffd_way {
     FM_UFFD_NONE = 0,
     FM_UFFD_SYSCALL = 1,

@@ -24,9 +24,12 @@ uint64_t fm_pool_ledger_bytes(uint64_t pool_bytes);
 /* Write the head of a new, all-zero ledger.  0, or -1 when pool_bytes is not
  * a multiple of 2 MiB or too large for 32-bit slot numbers. */
 int fm_pool_ledger_init(void *base, uint64_t pool_bytes);
-/* Give back all that the process in a ledger slot held.  pool: the mapped pool, whose
- * empty extents are returned to the system, or NULL. */
-void fm_pool_ledger_reap(void *base, void *pool, uint32_t proc);
+/* Give back all that the process in a ledger slot held.  With trim_later extents that are empty
+ * now wait for fm_pool_ledger_trim_reaped(); without it their space is just not returned. */
+void fm_pool_ledger_reap(void *base, uint32_t proc, int trim_later);
+/* Return those extents to the system: pool_fd is the pool's memfd or file.  Takes its time;
+ * by one thread of the job only. */
+void fm_pool_ledger_trim_reaped(void *base, int pool_fd);
 /* Slots in use, and the most there ever were. */
 uint64_t fm_pool_ledger_used(void *base);
 uint64_t fm_pool_ledger_peak(void *base);
@@ -36,14 +39,15 @@ uint64_t fm_pool_ledger_peak(void *base);
 struct fm_pool_ledger {
     void *base;
     uint32_t extents;
-    uint32_t *extent_refs;   /* slots in use + 1 when a block fills it; FREEING while trimmed */
-    uint32_t *extent_owner;  /* process + 1 whose block fills it, or 0 */
+    uint32_t *extent_refs;   /* slots in use + 1 when a block fills it; FREEING until it is trimmed */
+    uint32_t *extent_owner;  /* process + 1 whose block fills it, or that will trim it, or 0 */
     uint16_t *slot_refs;
     uint64_t *checksum;      /* a word per slot for the checksum filter */
     uint64_t *bitmap;        /* this process's */
     uint32_t proc;
-    /* Returns an empty extent to where it came from; may be NULL. */
-    void (*trim)(void *ctx, uint32_t extent);
+    /* Returns an empty extent to where it came from; may be NULL.  False: it will be done by fm_pool_ledger_trim(), and
+     * nobody gets the extent until then. */
+    bool (*trim)(void *ctx, uint32_t extent);
     void *trim_ctx;
 };
 
@@ -51,10 +55,13 @@ void fm_pool_ledger_view(struct fm_pool_ledger *l, void *base, uint32_t proc);
 /* An empty extent for one block of this process, near hint; FM_EXTENT_NONE: the pool is full. */
 uint32_t fm_extent_take(struct fm_pool_ledger *l, uint32_t hint);
 void fm_extent_release(struct fm_pool_ledger *l, uint32_t extent);
+bool fm_extent_idle(struct fm_pool_ledger *l, uint32_t extent);    /* the block that fills it is all that keeps it */
 /* Take an unused slot of an extent that this process fills; false: in use (by another process). */
 bool fm_slot_take(struct fm_pool_ledger *l, uint32_t slot);
 void fm_slot_release(struct fm_pool_ledger *l, uint32_t slot);
 bool fm_slot_shared(struct fm_pool_ledger *l, uint32_t slot);
+/* Punch what this process's trim() has put off, neighbours together. */
+void fm_pool_ledger_trim(struct fm_pool_ledger *l, void (*punch)(void *ctx, uint32_t extent, uint32_t n), void *ctx);
 /* The child of a fork counts on every slot that this process counts on. */
 void fm_pool_ledger_fork(struct fm_pool_ledger *l, uint32_t child);
 

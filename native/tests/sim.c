@@ -153,11 +153,12 @@ static void draw_kind(struct fm_core *c)
     S.pool_bytes = extents * FM_EXTENT_SLOTS * FM_PAGE_BYTES;
 }
 
-static void trimmed(void *ctx, uint32_t extent)
+static bool trimmed(void *ctx, uint32_t extent)
 {
     (void)ctx;
     for (uint32_t s = 0; s < FM_EXTENT_SLOTS; s++)
         S.family->slot[extent * FM_EXTENT_SLOTS + s] = ~0ull;
+    return true;
 }
 
 static void run_seed(uint64_t seed, const struct options *o)

@@ -102,7 +102,7 @@ static void child_ends(uint32_t k)
         continue;
     if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
         _exit(1);                 /* it has said why */
-    fm_pool_ledger_reap(S.ledger, NULL, S.child[k].proc);
+    fm_pool_ledger_reap(S.ledger, S.child[k].proc, 0);
     S.child[k].pid = 0;
     S.family->children--;
 }

@@ -72,6 +72,8 @@ static enum fm_res put_page(struct pte *p, uint32_t frame, enum way way)
         return FM_EXIST;
     if (way == WAY_MOVE && p->prot != PROT_RW)
         return FM_REFUSED;
+    if (way == WAY_MOVE && S.pins_on && sim_chance(20))
+        return FM_BUSY;            /* of a transfer that has ended, as far as was told */
     if (way == WAY_ZERO) {
         p->phys = PHYS_ZERO;
     } else if (frame == FM_FRAME_NONE) {
@@ -346,6 +348,16 @@ static void op_submit(void *ctx, struct fm_io *io)
     S.io[S.io_n++] = io;
 }
 
+static bool op_grant(void *ctx, uint32_t extent)
+{
+    (void)ctx;
+    pause_core();
+    sim_expect(extent < S.core->ledger.extents && S.core->ledger.extent_refs[extent] == 1, "an extent that is in use is granted");
+    bool space = !S.faults_on || S.stop || !sim_chance(4);
+    core_in();
+    return space;
+}
+
 static void *op_memory(void *ctx, void *old, uint64_t old_bytes, uint64_t bytes)
 {
     (void)ctx;
@@ -386,8 +398,8 @@ const struct fm_ops sim_ops = {
     .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
     .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page, .drop = op_drop,
-    .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .block_memory = op_block_memory,
-    .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
+    .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
+    .block_memory = op_block_memory, .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
 };
 
 /* ---- which bytes were spoilt on purpose */

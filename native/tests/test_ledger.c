@@ -12,11 +12,12 @@
 
 static uint32_t trims, trimmed_last;
 
-static void trim(void *ctx, uint32_t extent)
+static bool trim(void *ctx, uint32_t extent)
 {
     (void)ctx;
     trims++;
     trimmed_last = extent;
+    return true;
 }
 
 static void *make(struct fm_pool_ledger *l)
@@ -101,11 +102,11 @@ static void a_child_shares_slots_and_dies(void)
     CHECK(fm_pool_ledger_used(base) == 1);
     uint32_t taken = fm_extent_take(&child, FM_EXTENT_NONE);
     CHECK(fm_slot_take(&child, taken * FM_EXTENT_SLOTS));
-    fm_pool_ledger_reap(base, NULL, 3);       /* as if it had been killed */
+    fm_pool_ledger_reap(base, 3, 0);       /* as if it had been killed */
     CHECK(!fm_slot_shared(&l, slot + 1) && l.slot_refs[slot + 1] == 1);
     CHECK(l.extent_refs[taken] == 0 && l.extent_owner[taken] == 0);
     CHECK(fm_pool_ledger_used(base) == 1);
-    fm_pool_ledger_reap(base, NULL, 3);       /* twice does no harm */
+    fm_pool_ledger_reap(base, 3, 0);       /* twice does no harm */
     CHECK(fm_pool_ledger_used(base) == 1 && l.extent_refs[e] == 2);
     done(base);
 }
@@ -117,7 +118,7 @@ static void the_parent_dies_first(void)
     uint32_t e = fm_extent_take(&l, 0), slot = e * FM_EXTENT_SLOTS;
     CHECK(fm_slot_take(&l, slot));
     fm_pool_ledger_fork(&l, 9);
-    fm_pool_ledger_reap(base, NULL, 0);
+    fm_pool_ledger_reap(base, 0, 0);
     fm_pool_ledger_view(&child, base, 9);
     CHECK(child.slot_refs[slot] == 1 && child.extent_refs[e] == 1 && child.extent_owner[e] == 0);
     CHECK(fm_extent_take(&child, e) != e);

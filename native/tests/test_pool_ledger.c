@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "pool_ledger.h"
 
@@ -67,9 +68,9 @@ static void test_extents_run_out_and_come_back(void)
     CHECK(fm_extent_take(&l, FM_EXTENT_NONE) == FM_EXTENT_NONE);
     fm_extent_release(&l, taken[2]);
     CHECK(fm_extent_take(&l, 0) == taken[2]);
-    fm_pool_ledger_reap(base, NULL, 3);
+    fm_pool_ledger_reap(base, 3, 0);
     CHECK(fm_extent_take(&l, 1) == 1);
-    fm_pool_ledger_reap(base, NULL, 3);
+    fm_pool_ledger_reap(base, 3, 0);
     end_ledger(base);
 }
 
@@ -84,7 +85,7 @@ static void test_a_slot_has_one_taker(void)
     fm_slot_release(&a, slot);
     CHECK(fm_slot_take(&a, slot));
     CHECK(fm_pool_ledger_peak(base) == 1);
-    fm_pool_ledger_reap(base, NULL, 0);
+    fm_pool_ledger_reap(base, 0, 0);
     end_ledger(base);
 }
 
@@ -99,43 +100,90 @@ static void test_a_child_keeps_what_its_dead_parent_shared(void)
     fm_pool_ledger_fork(&parent, 1);
     CHECK(fm_slot_shared(&parent, first) && fm_slot_shared(&child, first + 99));
     CHECK(!fm_slot_shared(&parent, first + 100));
-    fm_pool_ledger_reap(base, NULL, 0);
+    fm_pool_ledger_reap(base, 0, 0);
     CHECK(fm_pool_ledger_used(base) == 100);
     CHECK(!fm_slot_shared(&child, first));
     CHECK(!fm_slot_take(&child, first));
     CHECK(fm_extent_take(&parent, first) != extent);
-    fm_pool_ledger_reap(base, NULL, 0);
-    fm_pool_ledger_reap(base, NULL, 1);
+    fm_pool_ledger_reap(base, 0, 0);
+    fm_pool_ledger_reap(base, 1, 0);
     CHECK(fm_extent_take(&parent, extent) == extent);
-    fm_pool_ledger_reap(base, NULL, 0);
+    fm_pool_ledger_reap(base, 0, 0);
     end_ledger(base);
 }
 
-/* The memory of an extent goes back to the system with its last slot, and not before. */
+/* The memory of an extent goes back to the system with its last slot, and not before; until it has, nobody gets the
+ * extent. */
 static void test_an_empty_extent_is_returned(void)
 {
     void *base = new_ledger();
-    char *pool = mmap(NULL, EXTENTS * EXTENT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int fd = memfd_create("pool", 0);
+    CHECK(fd >= 0 && ftruncate(fd, EXTENTS * EXTENT_BYTES) == 0);
+    char *pool = mmap(NULL, EXTENTS * EXTENT_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     struct fm_pool_ledger parent = view_of(base, 0);
     CHECK(pool != MAP_FAILED);
     uint32_t slot = fm_extent_take(&parent, 2) * FM_EXTENT_SLOTS;
     CHECK(fm_slot_take(&parent, slot));
     pool[slot * 4096ull] = 42;
     fm_pool_ledger_fork(&parent, 1);
-    fm_pool_ledger_reap(base, pool, 0);
+    fm_pool_ledger_reap(base, 0, 1);
+    fm_pool_ledger_trim_reaped(base, fd);
     CHECK(pool[slot * 4096ull] == 42);
-    fm_pool_ledger_reap(base, pool, 1);
-    CHECK(pool[slot * 4096ull] == 0);
-    CHECK(munmap(pool, EXTENTS * EXTENT_BYTES) == 0);
+    fm_pool_ledger_reap(base, 1, 1);
+    CHECK(pool[slot * 4096ull] == 42 && fm_extent_take(&parent, slot / FM_EXTENT_SLOTS) != slot / FM_EXTENT_SLOTS);
+    fm_pool_ledger_trim_reaped(base, fd);
+    CHECK(pool[slot * 4096ull] == 0 && fm_extent_take(&parent, slot / FM_EXTENT_SLOTS) == slot / FM_EXTENT_SLOTS);
+    fm_pool_ledger_reap(base, 0, 0);
+    CHECK(munmap(pool, EXTENTS * EXTENT_BYTES) == 0 && close(fd) == 0);
+    end_ledger(base);
+}
+
+static bool later(void *ctx, uint32_t extent) { return (void)ctx, (void)extent, false; }
+
+static uint32_t punched_first, punched_n;
+static void punch(void *ctx, uint32_t extent, uint32_t n)
+{
+    struct fm_pool_ledger *l = ctx;
+    punched_first = extent;
+    punched_n += n;
+    for (uint32_t k = 0; k < EXTENTS; k++)
+        CHECK(fm_extent_take(l, k) == FM_EXTENT_NONE);    /* the last one is in use, these wait for us */
+}
+
+/* A trim that was put off is done for neighbours together, by the one that put it off or, when that has died, by the reaper. */
+static void test_what_was_put_off_is_trimmed_once(void)
+{
+    void *base = new_ledger();
+    struct fm_pool_ledger a = view_of(base, 0), b = view_of(base, 1);
+    a.trim = later;
+    for (uint32_t e = 0; e < EXTENTS; e++)
+        CHECK(fm_extent_take(&a, e) == e);
+    for (uint32_t e = 0; e + 1 < EXTENTS; e++)
+        fm_extent_release(&a, e);
+    fm_pool_ledger_trim(&b, punch, &b);
+    CHECK(punched_n == 0);
+    fm_pool_ledger_trim(&a, punch, &b);
+    CHECK(punched_n == EXTENTS - 1 && punched_first == 0);
+    CHECK(fm_extent_take(&a, 1) == 1);
+    fm_extent_release(&a, 1);
+    fm_pool_ledger_reap(base, 0, 1);
+    a.trim = NULL;
+    CHECK(fm_extent_take(&a, 1) == 2 && fm_extent_take(&a, EXTENTS - 1) == 0);   /* 1 and the last wait for the reaper */
+    fm_pool_ledger_trim(&a, punch, &b);
+    CHECK(punched_n == EXTENTS - 1);
+    fm_pool_ledger_trim_reaped(base, -1);
+    CHECK(fm_extent_take(&a, 1) == 1 && fm_extent_take(&a, EXTENTS - 1) == EXTENTS - 1);
+    fm_pool_ledger_reap(base, 0, 0);
     end_ledger(base);
 }
 
 static uint32_t trimmed;
-static void count_trim(void *ctx, uint32_t extent)
+static bool count_trim(void *ctx, uint32_t extent)
 {
     (void)ctx;
     (void)extent;
     __atomic_add_fetch(&trimmed, 1, __ATOMIC_RELAXED);
+    return true;
 }
 
 struct worker {
@@ -164,9 +212,9 @@ static void *work(void *arg)
                 fm_slot_release(&l, first + i);
             fm_extent_release(&l, extent);
         } else {
-            fm_pool_ledger_reap(w->base, NULL, w->proc);
+            fm_pool_ledger_reap(w->base, w->proc, 0);
         }
-        fm_pool_ledger_reap(w->base, NULL, w->proc + 100);
+        fm_pool_ledger_reap(w->base, w->proc + 100, 0);
     }
     return NULL;
 }
@@ -185,7 +233,7 @@ static void test_processes_at_once(void)
     struct fm_pool_ledger l = view_of(base, 9);
     for (uint32_t i = 0; i < EXTENTS; i++)
         CHECK(fm_extent_take(&l, FM_EXTENT_NONE) != FM_EXTENT_NONE);
-    fm_pool_ledger_reap(base, NULL, 9);
+    fm_pool_ledger_reap(base, 9, 0);
     end_ledger(base);
 }
 
@@ -196,6 +244,7 @@ int main(void)
     test_a_slot_has_one_taker();
     test_a_child_keeps_what_its_dead_parent_shared();
     test_an_empty_extent_is_returned();
+    test_what_was_put_off_is_trimmed_once();
     test_processes_at_once();
     puts("test_pool_ledger: all well");
     return 0;

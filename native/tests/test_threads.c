@@ -166,6 +166,7 @@ static void op_submit(void *ctx, struct fm_io *io)
     fm_core_io_done(&core, io);
 }
 
+static bool op_grant(void *ctx, uint32_t extent) { return (void)ctx, (void)extent, true; }
 static struct fm_block *op_block_memory(void *ctx) { return (void)ctx, calloc(1, sizeof(struct fm_block)); }
 
 static void *op_memory(void *ctx, void *old, uint64_t old_bytes, uint64_t bytes)
@@ -188,8 +189,8 @@ static const struct fm_ops ops = {
     .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
     .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page, .drop = op_drop,
-    .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .block_memory = op_block_memory,
-    .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
+    .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
+    .block_memory = op_block_memory, .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
 };
 
 /* Read the page, and write it unless is is 0.  Faults until it is there. */

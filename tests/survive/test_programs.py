@@ -3,7 +3,8 @@
 Each runs plain once; that run's peak of anonymous memory sets the budgets of 50 and 25 %.  Under
 farmem the output must then be equal, and the counters must show that pages went out and came back:
 a run that was never short of memory would prove nothing.  Some are run again with eviction by
-copying forced (FARMEM_TEST_EVICT=copy), because MOVE is what they would take by themselves.
+copying forced (FARMEM_TEST_EVICT=copy), because MOVE is what they would take by themselves; and
+some with a file for a pool.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import assert_paged, run_farmem
+from tests.harness import assert_paged, free_space_folder, run_farmem
 from tests.survive.plain import Plain
 from tests.survive.programs import WORKLOADS, Call, Workload
 
@@ -28,7 +29,9 @@ COPIED = [
 Prepare = Callable[[Workload], tuple[Call, Plain]]
 
 
-def survive(call: Call, plain: Plain, percent: int, evict: str | None = None) -> Mapping[str, Any]:
+def survive(
+    call: Call, plain: Plain, percent: int, evict: str | None = None, **options: Any
+) -> Mapping[str, Any]:
     """Run under farmem and compare; gives the statistics for more questions."""
     budget = plain.budget_bytes(percent)
     result = run_farmem(
@@ -37,6 +40,7 @@ def survive(call: Call, plain: Plain, percent: int, evict: str | None = None) ->
         timeout=60 + 60 * plain.seconds,
         evict=evict,
         stdin=call.stdin,
+        **options,
     )
     assert call.digest(result.stdout) == plain.digest, result.describe()
     assert result.stats is not None
@@ -61,3 +65,13 @@ def test_same_result_when_copied_out(prepared: Prepare, workload: Workload) -> N
     stats = survive(*prepared(workload), 50, evict="copy")
     assert stats["pages_copied_out"] > 0, stats
     assert stats["pages_moved_out"] == 0, stats
+
+
+@pytest.mark.parametrize("way", ["auto", "threads"])
+@pytest.mark.parametrize("workload", COPIED, ids=lambda workload: workload.name)
+def test_same_result_through_a_file(prepared: Prepare, workload: Workload, way: str) -> None:
+    pool = ("--pool", f"file:{free_space_folder()}")
+    call, plain = prepared(workload)
+    stats = survive(call, plain, 50, options=pool, env={"FARMEM_TEST_FILE_IO": way})
+    assert stats["transfers_uring"] + stats["transfers_threads"] > 0, stats
+    assert way == "auto" or stats["transfers_uring"] == 0, stats
