@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # setup.sh - what farmem needs from the system, in one list.
 #
-#   tools/setup.sh build|test   install what is missing (as root), or say what is
-#   tools/setup.sh python       print the Python to use
+#   tools/setup.sh build|test|guest   install what is missing (as root), or say what is
+#   tools/setup.sh python             print the Python to use
 #
 # It never fails because something optional is missing: whoever needs it says so by
 # name. It starts no service, and leaves none running.
@@ -12,6 +12,8 @@ set -euo pipefail
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
     groff-base bash-completion zsh fish)
+# For tools/guest.sh, which boots another kernel.
+GUEST_PACKAGES=(qemu-system-x86 xz-utils)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)
 
 fits() {
@@ -109,12 +111,13 @@ main() {
             python=$(find_python)
             mapfile -t extra < <(python_packages "$python")
             if [ "$1" = test ]; then
-                extra+=("${TEST_PACKAGES[@]}")
+                extra+=("${TEST_PACKAGES[@]}" "${GUEST_PACKAGES[@]}")
             fi
             ensure "${BUILD_PACKAGES[@]}" "${extra[@]}"
             ;;
+        guest) ensure "${GUEST_PACKAGES[@]}" ;;
         *)
-            echo "usage: tools/setup.sh build|test|python" >&2
+            echo "usage: tools/setup.sh build|test|guest|python" >&2
             return 2
             ;;
     esac
