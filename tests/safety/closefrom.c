@@ -3,7 +3,7 @@
  * (early) or when pages are already away (late).  Its memory must not care, nor a child's. */
 #include "safety.h"
 
-#define BYTES (40 * MIB)
+#define BYTES (40 * MIB / SHRINK)
 
 static void close_all(const char *how)
 {

@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 
 #define THREADS 4
-#define BYTES (64 * MIB)
+#define BYTES (64 * MIB / SHRINK)
 #define PIECE (256 * 1024ul)
 
 static uint64_t *words;

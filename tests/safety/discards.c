@@ -10,7 +10,7 @@
  * that is taken for an empty one stays for ever, beyond the budget. */
 #include "safety.h"
 
-#define PAGES 4096ul
+#define PAGES (4096ul / SHRINK)
 #define OWNERS 2
 #define READERS 2
 #define RUN_MAX 64ul

@@ -10,7 +10,7 @@
  *   plain     no fork, for comparison of what is left behind */
 #include "safety.h"
 
-#define BYTES (32 * MIB)
+#define BYTES (32 * MIB / SHRINK)
 
 static char *memory;
 static atomic_int stop;

@@ -5,7 +5,7 @@
 #include "safety.h"
 #include <setjmp.h>
 
-#define BYTES (48 * MIB)
+#define BYTES (48 * MIB / SHRINK)
 #define PAGES (BYTES / PAGE)
 
 static sigjmp_buf back;

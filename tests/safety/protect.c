@@ -6,7 +6,7 @@
 #include <setjmp.h>
 
 #define PARTS 5
-#define PART_BYTES (4 * MIB)
+#define PART_BYTES (4 * MIB / SHRINK)
 #define BYTES (PARTS * PART_BYTES)
 
 static const int protections[PARTS] = {PROT_NONE, PROT_READ, PROT_READ | PROT_EXEC,

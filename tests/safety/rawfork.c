@@ -7,7 +7,7 @@
 
 #include "safety.h"
 
-#define BYTES (32 * MIB)
+#define BYTES (32 * MIB / SHRINK)
 #define STACK_BYTES (256 * 1024)
 
 static char *memory;

@@ -31,7 +31,15 @@
 #define PAGE_WORDS (PAGE / 8)
 #define MIB (1024ul * 1024)
 #define UNSUPPORTED 77
-#define BALLAST_BYTES (64 * MIB)
+
+/* Smaller sizes, for a machine that is many times slower (tests/guest); the budget is smaller then, too. */
+#ifndef SHRINK
+#define SHRINK 1
+#endif
+#ifndef BALLAST_MIB
+#define BALLAST_MIB 64
+#endif
+#define BALLAST_BYTES (BALLAST_MIB * MIB)
 
 /* Ends the process at once and says why; async-signal-safe enough for its use here. */
 __attribute__((format(printf, 1, 2), noreturn)) static inline void die(const char *format, ...)

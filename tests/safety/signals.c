@@ -7,7 +7,7 @@
 #include "safety.h"
 #include <sys/time.h>
 
-#define BYTES (32 * MIB)
+#define BYTES (32 * MIB / SHRINK)
 #define WORKERS 3
 #define STACK_BYTES (MIB)
 

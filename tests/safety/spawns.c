@@ -4,7 +4,7 @@
 #include "safety.h"
 #include <spawn.h>
 
-#define BYTES (32 * MIB)
+#define BYTES (32 * MIB / SHRINK)
 
 extern char **environ;
 static char *memory;

@@ -18,7 +18,7 @@ struct piece {
 
 static size_t some_bytes(uint64_t *state)
 {
-    return MIB + random_next(state) % 512 * PAGE;
+    return MIB / SHRINK + random_next(state) % (512 / SHRINK) * PAGE;
 }
 
 static void make(struct piece *piece, uint64_t *state, uint64_t seed)
