@@ -1,0 +1,1 @@
+"""Tests that run farmem on another Linux kernel, in a guest (tools/guest.sh)."""
