@@ -38,7 +38,7 @@ def farmem(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
         (["-m", "64M"], 125, "no command", "farmem run -m 1G -- CMD"),
         (["--nosuch", "-m", "64M", "true"], 125, "--nosuch", "--help"),
         ([*START, "--pool", "rdma://rack7", "true"], 125, "rdma://rack7", "mem:"),
-        ([*START, "--pool", "mem:1000T", "true"], 125, "can't be opened", "mem:8G"),
+        ([*START, "--pool", "mem:100000T", "true"], 125, "can't be opened", "mem:8G"),
         ([*START, "--pool", "mem:20T", "true"], 125, "can address", "mem:8G"),
         ([*START, "--filter", "zip", "true"], 125, "'zip'", "checksum"),
         ([*START, "--stats", "/nosuch/stats.json", "true"], 125, "/nosuch", "--stats"),
