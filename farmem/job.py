@@ -6,6 +6,7 @@ reach the command but two words in its environment: every descriptor here is
 close-on-exec, and signals, umask and working directory are left alone.
 """
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -167,29 +168,36 @@ def inherited_environment() -> dict[bytes, bytes]:
 
 
 def _fork_supervisor(job: Job) -> int:
-    """Fork the supervisor twice, so that it is nobody's child; the pipe to call it off with."""
+    """Fork the supervisor twice, so that it is nobody's child; the pipe to call it off with.
+
+    Returns when it serves: a program can fill its budget in less time than a Python needs to
+    begin, and could not be managed until then.
+    """
+    from farmem.supervisor import Launch, supervise
+
     root_pid = os.getpid()
     root_pidfd = os.pidfd_open(root_pid)
     called_off, call_off = os.pipe()
+    ready, tell_ready = os.pipe()
     middle = os.fork()
     if middle == 0:
         try:
             os.setsid()
             if os.fork() == 0:
                 os.close(call_off)
-                from farmem.supervisor import supervise
-
-                supervise(job, root_pid, root_pidfd, called_off)
+                os.close(ready)
+                supervise(job, Launch(root_pid, root_pidfd, called_off, tell_ready))
             os._exit(0)
         finally:
             os._exit(1)
-    os.close(root_pidfd)
-    os.close(called_off)
-    try:
-        _, status = os.waitpid(middle, 0)
-    except ChildProcessError:
-        status = 0  # the caller ignores SIGCHLD: nobody is told how it went
-    if status != 0:
+    for fd in (root_pidfd, called_off, tell_ready):
+        os.close(fd)
+    with contextlib.suppress(ChildProcessError):  # the caller ignores SIGCHLD
+        os.waitpid(middle, 0)
+    serves = os.read(ready, 1)
+    os.close(ready)
+    if not serves:
+        os.close(call_off)
         raise FarmemError("the supervisor could not be started", "try again")
     return call_off
 

@@ -83,7 +83,7 @@ def _request(wanted: dict[str, Any]) -> Any:
 
 def _start(wanted: dict[str, Any]) -> str:
     from farmem.job import Job
-    from farmem.supervisor import supervise
+    from farmem.supervisor import Launch, supervise
 
     pid = wanted["pid"]
     pidfd = os.pidfd_open(pid)
@@ -92,9 +92,14 @@ def _start(wanted: dict[str, Any]) -> str:
         raise FarmemError("the program that asked for a budget has ended meanwhile")
     # Nobody calls a job off that has no command: its end of the pipe is closed by our own.
     called_off, call_off = os.pipe()
+    ready, tell_ready = os.pipe()
     if os.fork() == 0:
         os.close(call_off)
-        supervise(job, pid, pidfd, called_off)
+        os.close(ready)
+        supervise(job, Launch(pid, pidfd, called_off, tell_ready))
+    os.close(tell_ready)
+    if not os.read(ready, 1):
+        raise FarmemError("the supervisor could not be started", "try again")
     return f"{job.name}:{job.token.hex()}"
 
 

@@ -104,9 +104,9 @@ class Slots:
         self._orphans.pop(slot, None)
         return True
 
-    def count_adoption(self, slot: int) -> None:
-        """A userfaultfd of this process has come."""
-        self._control.procs[slot].adoptions += 1
+    def is_adopted(self, slot: int) -> bool:
+        """Whether memory became short for the slot's process."""
+        return bool(self._control.procs[slot].adopted)
 
     def give_back(self, slot: int) -> None:
         """The process is gone: keep its counters, release what it held, free the slot."""
@@ -116,7 +116,7 @@ class Slots:
             self._totals[name] += getattr(proc.counters, name)
         self.peak_local_bytes = max(self.peak_local_bytes, proc.counters.peak_local_bytes)
         proc.state = lib.FM_PROC_DEAD
-        if proc.adoptions:
+        if proc.adopted:
             lib.fm_pool_ledger_reap(self._ledger, slot, 1)
             self._trimmer.ring()
         # All but the state first: a slot that reads FREE must be empty.

@@ -16,7 +16,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from farmem import _native
 from farmem.answers import Answers, may_ask
@@ -51,7 +51,7 @@ class Process:
         self.slot: int | None = None
         self.userfaultfds: list[int] = []
         self.has_connected = False
-        self.adopted = False
+        self.was_adopted = False  # an image of it that has been replaced
 
     def has_ended(self) -> bool:
         """Whether the process that the pidfd stands for has gone (the pid may be another's)."""
@@ -88,8 +88,8 @@ class Supervisor:
     def run(self) -> None:
         """Serve until the last process has gone."""
         while not self._is_over():
-            adopted = any(process.adopted for process in self._processes.values())
-            seconds = POLL_PAGING_SECONDS if adopted else POLL_IDLE_SECONDS
+            paging = any(map(self._is_adopted, self._processes.values()))
+            seconds = POLL_PAGING_SECONDS if paging else POLL_IDLE_SECONDS
             for fd, _ in self._epoll.poll(seconds):
                 handler = self._handlers.get(fd)
                 if handler is not None:
@@ -123,7 +123,12 @@ class Supervisor:
         self._printer.say(f"farmem: {text}")
 
     def _joined(self) -> Joined:
-        return Joined(self._connected, self._adopted)
+        live = sum(map(self._is_adopted, self._processes.values()))
+        return Joined(self._connected, self._adopted + live)
+
+    def _is_adopted(self, process: Process) -> bool:
+        slot = process.slot
+        return process.was_adopted or (slot is not None and self._slots.is_adopted(slot))
 
     def _status(self) -> dict[str, object]:
         return job_status(self._job, self._slots, self._budget, self._joined())
@@ -202,7 +207,7 @@ class Supervisor:
         if isinstance(message, Hello):
             kept = self._welcome(connection, message)
         elif process is not None:
-            kept = self._adopt(connection, process, message)
+            kept = self._hold(connection, process, message)
         else:
             for fd in message:
                 os.close(fd)
@@ -250,18 +255,13 @@ class Supervisor:
         process.slot = slot
         return slot
 
-    def _adopt(self, connection: Connection, process: Process, fds: list[int]) -> bool:
+    def _hold(self, connection: Connection, process: Process, fds: list[int]) -> bool:
         """Keep the duplicates until the process has gone."""
         if self._job.control.defects & lib.FM_DEFECT_NO_DUPLICATE:
             for fd in fds:
                 os.close(fd)
         else:
             process.userfaultfds += fds
-        if not process.adopted:
-            process.adopted = True
-            self._adopted += 1
-        if process.slot is not None:
-            self._slots.count_adoption(process.slot)
         return self._wire.send_ack(connection, process.slot)
 
     def _watch(self, process: Process) -> None:
@@ -279,6 +279,7 @@ class Supervisor:
         for fd in process.userfaultfds:
             os.close(fd)
         process.userfaultfds = []
+        process.was_adopted = self._is_adopted(process)
         if process.slot is not None:
             self._slots.give_back(process.slot)
         process.slot = None
@@ -286,6 +287,7 @@ class Supervisor:
     def _end(self, process: Process) -> None:
         self._unhandle(process.pidfd)
         self._forget_image(process)
+        self._adopted += process.was_adopted
         os.close(process.pidfd)
         del self._processes[process.pid]
         self._slots.release_orphans()
@@ -323,15 +325,26 @@ def _become_supervisor() -> None:
         file.write("farmem-job")
 
 
-def supervise(job: Job, root_pid: int, root_pidfd: int, called_off: int) -> NoReturn:
-    """Be the supervisor of a job; called_off is readable when the command could not start."""
+class Launch(NamedTuple):
+    """What the supervisor needs to know of the command that is about to be started."""
+
+    root_pid: int
+    root_pidfd: int
+    called_off: int  # a pipe: has a byte when the command could not start
+    tell_ready: int  # a pipe: gets a byte when the supervisor serves
+
+
+def supervise(job: Job, launch: Launch) -> NoReturn:
+    """Be the supervisor of a job."""
     status = 1
     try:
         _become_supervisor()
-        supervisor = Supervisor(job, root_pid, root_pidfd)
+        supervisor = Supervisor(job, launch.root_pid, launch.root_pidfd)
         try:
+            os.write(launch.tell_ready, b"x")
+            os.close(launch.tell_ready)
             supervisor.run()
-            supervisor.finish(was_launched=not os.read(called_off, 1))
+            supervisor.finish(was_launched=not os.read(launch.called_off, 1))
             status = 0
         except Exception as error:
             supervisor.say(f"the supervisor failed: {type(error).__name__}: {error}")

@@ -99,7 +99,7 @@ class Wire:
         self._token = token
 
     def receive(self, connection: Connection) -> Hello | Question | list[int] | None:
-        """A hello, a question, or the userfaultfds of an adoption; None: the connection is
+        """A hello, a question, or userfaultfds to be held; None: the connection is
         to be closed.  BlockingIOError: nothing has come."""
         ancillary_bytes = socket.CMSG_SPACE(FDS_MAX * 4)
         flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -120,7 +120,7 @@ class Wire:
             if wire.magic == lib.FM_CONTROL_MAGIC:
                 if wire.kind == lib.FM_WIRE_HELLO and not fds:
                     return Hello(self._is_ours(wire), wire.slot)
-                if wire.kind == lib.FM_WIRE_ADOPT and fds:
+                if wire.kind == lib.FM_WIRE_HOLD and fds:
                     return fds
         for fd in fds:
             os.close(fd)

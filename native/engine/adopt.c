@@ -449,19 +449,31 @@ static void mark_adopted(void)
     __atomic_store_n(&fm.proc->state, FM_PROC_ADOPTED, __ATOMIC_RELEASE);
 }
 
+/* The supervisor has other things to do: while its answer is waited for a program that is growing would outgrow its
+ * budget by megabytes. */
+bool fm_prepare(void)
+{
+    if (!fm.prepared && fm_uffd_open()) {
+        fm.prepared = fm_wire_hold();
+        if (!fm.prepared)
+            fm_sys(SYS_close, fm.uffd);
+    }
+    return fm.prepared;
+}
+
 bool fm_adopt(void)
 {
-    if (!fm_uffd_open() || !fm_heap_open() || !staging_open()) {
-        fm_say(FM_LEVEL_ERROR, "memory can't be managed: userfaultfd, or memory for the engine, can't be had here.", 0);
+    if (!fm_prepare() || !fm_heap_open() || !staging_open()) {
+        fm_say(FM_LEVEL_ERROR, "memory can't be managed: userfaultfd, the supervisor, or memory for the engine can't be had.", 0);
         return false;
     }
     core_setup();
     fm_core_init(&fm.core, FM_FRAMES);
-    if (!pool_open() || !fm_wire_adopt()) {
-        fm_say(FM_LEVEL_ERROR, "memory can't be managed: the pool or the supervisor can't be had.", 0);
+    __atomic_store_n(&fm.proc->adopted, 1, __ATOMIC_RELEASE);
+    if (!pool_open()) {
+        fm_say(FM_LEVEL_ERROR, "memory can't be managed: the pool can't be opened.", 0);
         return false;
     }
-    fm.pagemap_scan = true;
     if (!fm_thread_start(fm_front_thread_main, NULL) || !fm_thread_start(fm_evictor_main, NULL)) {
         fm_say(FM_LEVEL_ERROR, "memory can't be managed: the engine can't have threads here.", 0);
         return false;
@@ -516,5 +528,5 @@ bool fm_adopt_forked(uint32_t slot)
     mark_adopted();
     if (alone)
         fm_keeper_start();                        /* holds the userfaultfd as well, so not before there is one */
-    return alone || fm_wire_adopt();
+    return alone || fm_wire_hold();
 }

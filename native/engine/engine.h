@@ -108,6 +108,7 @@ struct fm_engine {
     uint32_t threads;
     uint32_t shares_memory;            /* since a fork, with a parent or a child */
     bool keeper;
+    bool prepared;                     /* the userfaultfd is open, and held by the supervisor too */
     bool gave_up;                      /* memory is short and can't be managed; said once */
 };
 
@@ -139,7 +140,7 @@ uint32_t fm_put_number(char *to, uint32_t at, uint64_t n, uint32_t base);   /* t
 /* wire.c */
 bool fm_wire_join(uint32_t slot);
 bool fm_wire_refused(void);            /* fm_wire_join() failed because the supervisor said no, not for want of one */
-bool fm_wire_adopt(void);
+bool fm_wire_hold(void);
 bool fm_wire_pool_of_parent(void);     /* in the child of a fork without a supervisor */
 bool fm_wire_alive(void);
 
@@ -151,6 +152,7 @@ bool fm_uffd_changing(void);
 enum fm_res fm_uffd_meaning(long err);
 
 /* adopt.c */
+bool fm_prepare(void);                 /* what takes long of an adoption, ahead of it; false: not now */
 bool fm_adopt(void);                   /* false: it can't be done, and has been said */
 bool fm_adopt_scan(void);              /* mappings that have appeared since; false: try again, the world is changing */
 bool fm_adopt_forked(uint32_t slot);   /* in the child of a fork; false: it can't go on */

@@ -56,7 +56,7 @@ static uint32_t reserve_slot(void)
         p->pid = 0;
         p->parent_slot = fm.slot;
         p->fork_verdict = FM_VERDICT_NONE;
-        p->adoptions = 1;                  /* it holds slots: the supervisor must reap it */
+        p->adopted = 1;                    /* it holds slots: the supervisor must reap it */
         return k;
     }
     return FM_SLOT_ANY;

@@ -11,7 +11,8 @@
 #include "fm_assert.h"
 
 #define MIB (1ull << 20)
-#define FILL_BYTES_PER_NS 2ull          /* how fast a program may grow: decides when to look again */
+#define FILL_BYTES_PER_NS 4ull          /* how fast a program may grow: decides when to look again */
+#define PREPARE_PART 4u                 /* of its share of the budget: from there on adoption is prepared */
 #define LOOK_MIN_NS 300000ull
 #define LOOK_MAX_NS 10000000ull
 /* After a discard's event has been read the kernel still has to carry it out.  Nothing tells when it has, except for
@@ -22,6 +23,7 @@ struct watch {
     int64_t unmanaged_seen;              /* pages, at the last scan */
     uint64_t scan_ns;
     uint64_t zaps_ns;
+    bool prepared;
 };
 
 static struct watch watch;
@@ -113,7 +115,14 @@ uint64_t fm_watch_look(void)
         adopt_now(share);
         return LOOK_MIN_NS;
     }
-    uint64_t wait = mine + head_room < share ? (share - head_room - mine) / FILL_BYTES_PER_NS : LOOK_MAX_NS;
+    uint64_t next = share - head_room;
+    if (mine < share / PREPARE_PART) {
+        next = share / PREPARE_PART;
+    } else if (!watch.prepared) {
+        watch.prepared = true;           /* once: whether it can't be done is adoption's to say */
+        fm_prepare();
+    }
+    uint64_t wait = mine < next ? (next - mine) / FILL_BYTES_PER_NS : LOOK_MAX_NS;
     return wait < LOOK_MIN_NS ? LOOK_MIN_NS : wait > LOOK_MAX_NS ? LOOK_MAX_NS : wait;
 }
 
@@ -149,6 +158,7 @@ void fm_watch_main(void *arg)
     (void)arg;
     fm.pid = (uint32_t)fm_sys(SYS_getpid);
     __builtin_memset(&watch, 0, sizeof watch);
+    fm.prepared = false;                 /* a parent's: it is no descriptor of this table */
     fm_usage_reset();
     if (!fm_descriptors_open() || !fm_wire_join(FM_SLOT_ANY)) {
         __atomic_store_n(&fm.state, FM_ENGINE_NONE, __ATOMIC_RELEASE);

@@ -145,13 +145,13 @@ bool fm_wire_join(uint32_t slot)
 
 bool fm_wire_refused(void) { return refused; }
 
-/* Adoption waits until the supervisor holds a duplicate of the userfaultfd. */
-bool fm_wire_adopt(void)
+/* Nothing is managed before the supervisor holds a duplicate of the userfaultfd. */
+bool fm_wire_hold(void)
 {
     struct fm_wire w;
     int fds[FDS_MAX];
     uint32_t got;
-    return send_wire(FM_WIRE_ADOPT, fm.slot, fm.uffd) && receive_wire(&w, fds, &got) == FM_WIRE_ACK;
+    return send_wire(FM_WIRE_HOLD, fm.slot, fm.uffd) && receive_wire(&w, fds, &got) == FM_WIRE_ACK;
 }
 
 bool fm_wire_alive(void)

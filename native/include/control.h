@@ -78,7 +78,7 @@ struct fm_proc {
     uint32_t state;                   /* enum fm_proc_state, changed by compare-and-swap */
     uint32_t pid;
     uint32_t parent_slot;
-    uint32_t adoptions;
+    uint32_t adopted;                 /* 1: it may hold slots of the pool, so the supervisor must reap it */
     uint64_t local_bytes;             /* anonymous memory that is here, staging included */
     uint64_t remote_bytes;            /* pages that are only in the pool */
     uint32_t fork_verdict;            /* of the parent on a child: enum fm_verdict */
@@ -185,8 +185,8 @@ enum fm_uffd_way {
 enum fm_wire_kind {
     FM_WIRE_HELLO = 1,                /* engine: token, slot (FM_SLOT_ANY, or the one reserved by a parent) */
     FM_WIRE_WELCOME = 2,              /* supervisor: slot; with descriptors: control, pool ledger, pool */
-    FM_WIRE_ADOPT = 3,                /* engine, with the userfaultfd */
-    FM_WIRE_ACK = 4,                  /* supervisor: it holds the duplicate (or was asked for nothing more) */
+    FM_WIRE_HOLD = 3,                 /* engine, with its userfaultfd: to be held until the process has gone */
+    FM_WIRE_ACK = 4,                  /* supervisor: it holds the duplicate */
     FM_WIRE_REFUSED = 5               /* supervisor: wrong token or version, or the ledger is full */
 };
 #define FM_SLOT_ANY 0xffffffff

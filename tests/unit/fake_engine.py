@@ -68,8 +68,9 @@ class Engine:
 
     def adopt(self) -> int:
         """Hand over a pipe's write end; the read end, which ends with the last copy."""
+        self.proc.adopted = 1
         read_end, write_end = os.pipe()
-        self.send(lib.FM_WIRE_ADOPT, self.slot, (write_end,))
+        self.send(lib.FM_WIRE_HOLD, self.slot, (write_end,))
         wire, _ = self.receive()
         assert wire.kind == lib.FM_WIRE_ACK, wire.kind
         os.close(write_end)

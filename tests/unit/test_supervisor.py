@@ -106,7 +106,7 @@ def test_a_stranger_is_refused(job: JobRun, wrong: str) -> None:
 def test_rubbish_is_cut_off_and_the_job_goes_on(job: JobRun, rubbish: str) -> None:
     job.run(
         "e = Engine()\n"
-        "e.adopt_early = lambda: e.send(lib.FM_WIRE_ADOPT, fds=(os.pipe()[1],))\n"
+        "e.adopt_early = lambda: e.send(lib.FM_WIRE_HOLD, fds=(os.pipe()[1],))\n"
         f"{rubbish}\n"
         "assert e.receive()[0] is None\n"
         "Engine().hello()\n"
@@ -217,7 +217,7 @@ def test_a_duplicate_is_released_when_the_process_has_gone(job: JobRun) -> None:
         "e = Engine().hello()\n"
         "r, w = os.pipe()\n"
         "if os.fork() == 0:\n"
-        "    e = Engine().hello(); e.send(lib.FM_WIRE_ADOPT, e.slot, (w,)); e.receive()\n"
+        "    e = Engine().hello(); e.send(lib.FM_WIRE_HOLD, e.slot, (w,)); e.receive()\n"
         "    os._exit(0)\n"
         "os.close(w); os.wait()\n"
         "assert os.read(r, 1) == b''\n"
