@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import pytest
 
+from tests.sampler import Sampler
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "tests" / "safety"
 BUILD = ROOT / "build" / "test-programs"
@@ -57,6 +59,7 @@ class Result:
     stderr: bytes
     stats: dict[str, Any] | None
     timed_out: bool = False
+    sampled_peak_bytes: int = 0  # of the whole job, from outside, if it was sampled
 
     def describe(self) -> str:
         return (
@@ -168,6 +171,7 @@ class Job:
         self.stats_path = folder / "stats.json"
         self.out = _Reader(process.stdout) if process.stdout else None
         self.err = _Reader(process.stderr) if process.stderr else None
+        self.sampler: Sampler | None = None
 
     def job_processes(self) -> list[int]:
         """Every live process that bears the job's unmistakable folder: in its command line
@@ -257,6 +261,7 @@ class Job:
             self.err.take(2) if self.err else b"",
             stats,
             timed_out,
+            self.sampler.peak_bytes if self.sampler else 0,
         )
 
 
@@ -296,11 +301,13 @@ def start_farmem(
     groups: Sequence[int] | None = None,
     options: Sequence[str] = (),
     wrapper: Sequence[str] = (),
+    sampled: bool = False,
     **popen: Any,
 ) -> Iterator[Job]:
     """Start CMD under `farmem run`; whatever of it is still there at the end is killed.
 
-    `wrapper` is put before it all: a shell that is farmem's parent, say.
+    `wrapper` is put before it all: a shell that is farmem's parent, say.  With `sampled` the job's
+    memory is watched from outside; `local` is a number of bytes then.
     """
     assert FARMEM.exists(), "farmem is not built here: run `make` first"
     with tempfile.TemporaryDirectory(prefix="farmem-test-") as name:
@@ -322,10 +329,13 @@ def start_farmem(
             "start_new_session": True,
             **popen,
         }
+        sampler = Sampler(name, int(local)) if sampled else None
         process = subprocess.Popen(command, **settings)
         job = Job(process, command, folder)
+        job.sampler = sampler
         try:
-            yield job
+            with sampler or contextlib.nullcontext():
+                yield job
         finally:
             if process.poll() is None:
                 kill_tree(process)
@@ -359,12 +369,13 @@ def run_farmem(
     user: str | None = None,
     groups: Sequence[int] | None = None,
     options: Sequence[str] = (),
+    sampled: bool = False,
 ) -> Result:
     """Run CMD under `farmem run` to its end; with `check`, it must have ended well."""
     popen: dict[str, Any] = {} if stdin is None else {"stdin": subprocess.PIPE}
     with start_farmem(
         cmd, local=local, defects=defects, evict=evict, filters=filters, env=env, cwd=cwd,
-        user=user, groups=groups, options=options, **popen,
+        user=user, groups=groups, options=options, sampled=sampled, **popen,
     ) as job:  # fmt: skip
         feeder = threading.Thread(target=_feed, args=(job.process, stdin), daemon=True)
         feeder.start()

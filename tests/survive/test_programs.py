@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness import assert_paged, free_space_folder, run_farmem
+from tests.survive.budget import assert_within_budget
 from tests.survive.plain import Plain
 from tests.survive.programs import WORKLOADS, Call, Workload
 
@@ -40,6 +41,7 @@ def survive(
         timeout=60 + 60 * plain.seconds,
         evict=evict,
         stdin=call.stdin,
+        sampled=True,
         **options,
     )
     assert call.digest(result.stdout) == plain.digest, result.describe()
@@ -50,6 +52,7 @@ def survive(
     must_leave = (plain.peak_bytes - budget) // PAGE_BYTES // 2
     assert_paged(result.stats, must_leave, FETCHED_PAGES_MIN)
     assert result.stats["pages_lost"] == 0, result.stats
+    assert_within_budget(result, plain.peak_bytes)
     return result.stats
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import assert_paged, start_farmem
+from tests.survive.budget import assert_within_budget
 from tests.survive.redis_server import RedisPlain, Server, exercise
 
 pytestmark = [pytest.mark.survive, pytest.mark.uffd, pytest.mark.move]
@@ -26,7 +27,7 @@ def test_redis_saves_while_it_serves(
 ) -> None:
     budget = plain_redis.budget_bytes(percent)
     server = Server(short_folder)
-    with start_farmem(server.command(), local=str(budget), evict=evict) as job:
+    with start_farmem(server.command(), local=str(budget), evict=evict, sampled=True) as job:
         try:
             assert job.process.wait(60) == 0, server.log()
             server.wait_ready()
@@ -41,5 +42,6 @@ def test_redis_saves_while_it_serves(
     assert_paged(result.stats, (plain_redis.peak_bytes - budget) // PAGE_BYTES // 2, 256)
     assert result.stats["pages_lost"] == 0, result.stats
     assert result.stats["forks"] >= 1, "BGSAVE forks"
+    assert_within_budget(result, plain_redis.peak_bytes)
     way = "pages_copied_out" if evict == "copy" else "pages_moved_out"
     assert result.stats[way] > 0, result.stats
