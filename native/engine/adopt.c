@@ -333,12 +333,10 @@ static void look_at_maps(void)
         fm_core_share_frames(&fm.core);
 }
 
-/* Only a picture of the address space that no unread event contradicts may be acted on. */
-bool fm_adopt_scan(void)
+/* Register what has appeared since, if nothing else happens to the address space meanwhile. */
+static bool take_over_new(void)
 {
     uint64_t seen = fm.mm_events;
-    if (fm.regions_only)
-        return true;
     if (fm_uffd_changing())
         return false;
     look_at_maps();
@@ -350,6 +348,17 @@ bool fm_adopt_scan(void)
         if (!take_over(found[k].start, found[k].end))
             found[k].end = found[k].start;
     fm_world_release(&fm.world);
+    return same;
+}
+
+/* Only a picture of the address space that no unread event contradicts may be acted on. */
+bool fm_adopt_scan(void)
+{
+    if (fm.regions_only)
+        return true;
+    fm_uffd_quiet_begin();
+    bool same = take_over_new();
+    fm_uffd_quiet_end();
     for (uint32_t k = 0; same && k < found_n; k++)
         if (found[k].end > found[k].start)
             found_pages(found[k].start, found[k].end);

@@ -95,6 +95,8 @@ struct fm_engine {
     uint32_t io_busy;                  /* stores and fetches under way */
     uint32_t completing;               /* threads that are applying the end of one */
     uint64_t mm_events;                /* UNMAP and REMAP events applied */
+    fm_lock own_events;                /* held while an event of our own making (a drop) is on its way */
+    uint32_t looking;                  /* somebody wants a moment without such events */
     fm_lock fork_lock;                 /* adoption and fork exclude each other */
     uint32_t fork_slot;
     bool fork_failed;
@@ -149,6 +151,8 @@ extern const struct fm_ops fm_engine_ops;
 bool fm_uffd_open(void);
 bool fm_uffd_register(uint64_t start, uint64_t end);
 bool fm_uffd_changing(void);
+void fm_uffd_quiet_begin(void);        /* no events of our own from now on, to look at the address space */
+void fm_uffd_quiet_end(void);
 enum fm_res fm_uffd_meaning(long err);
 
 /* adopt.c */

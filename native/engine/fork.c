@@ -352,12 +352,12 @@ static void child_main(void *arg)
 static void reset_locks(void)
 {
     fm_lock is_free = { 0 };
-    fm.fork_lock = fm.heap_lock = fm.parked_lock = fm.discards_lock = is_free;
+    fm.fork_lock = fm.heap_lock = fm.parked_lock = fm.discards_lock = fm.own_events = is_free;
     fm.world = (fm_world){ 0 };
     fm.parked_n = fm.discards_n = 0;
     fm.bell = fm.evictor_sleeps = fm.freeze = fm.frozen = fm.thaw = 0;
     fm.hold = fm.held = fm.reader_waits = 0;
-    fm.io_busy = fm.completing = 0;
+    fm.io_busy = fm.completing = fm.looking = 0;
     fm.child_ready = 0;
     fm.keeper = false;
     fm_threads_reset();

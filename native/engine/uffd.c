@@ -216,10 +216,35 @@ static bool op_read_page(void *ctx, uint64_t page, uint32_t frame)
     return fm_sys(SYS_pread64, fm.mem, frame_addr(frame), FM_PAGE_BYTES, addr(page)) == FM_PAGE_BYTES;
 }
 
+/* What we drop ourselves raises events like anybody's.  An evictor that empties staging raises one after the other, and
+ * whoever needs a moment without any would never have it. */
+static long drop(uint64_t at, uint64_t bytes)
+{
+    while (__atomic_load_n(&fm.looking, __ATOMIC_ACQUIRE) != 0)
+        fm_futex_wait(&fm.looking, 1, 1000000);
+    fm_lock_take(&fm.own_events);
+    long r = fm_sys(SYS_madvise, at, bytes, MADV_DONTNEED);
+    fm_lock_drop(&fm.own_events);
+    return r;
+}
+
+void fm_uffd_quiet_begin(void)
+{
+    __atomic_store_n(&fm.looking, 1, __ATOMIC_SEQ_CST);
+    fm_lock_take(&fm.own_events);
+}
+
+void fm_uffd_quiet_end(void)
+{
+    fm_lock_drop(&fm.own_events);
+    __atomic_store_n(&fm.looking, 0, __ATOMIC_SEQ_CST);
+    fm_futex_wake(&fm.looking, 1);
+}
+
 static enum fm_res op_drop(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
-    return fm_sys(SYS_madvise, addr(page), addr(n), MADV_DONTNEED) == 0 ? FM_OK : FM_FAIL;
+    return drop(addr(page), addr(n)) == 0 ? FM_OK : FM_FAIL;
 }
 
 static void op_unshare(void *ctx, uint64_t page, uint32_t n)
@@ -231,7 +256,7 @@ static void op_unshare(void *ctx, uint64_t page, uint32_t n)
 static void op_drop_frames(void *ctx, uint32_t frame, uint32_t n)
 {
     (void)ctx;
-    fm_sys(SYS_madvise, frame_addr(frame), addr(n), MADV_DONTNEED);
+    drop(frame_addr(frame), addr(n));
 }
 
 static void op_submit(void *ctx, struct fm_io *io)

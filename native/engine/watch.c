@@ -77,8 +77,10 @@ static uint64_t look_managed(const struct fm_usage *u, uint64_t share)
     bool grown = unmanaged - watch.unmanaged_seen > (int64_t)(MIB / FM_PAGE_BYTES);
     if (room < 8 * (int64_t)FM_FRAMES && ((grown && now - watch.scan_ns > 2000000) || now - watch.scan_ns > 200000000)) {
         fm_lock_take(&fm.fork_lock);
-        fm_adopt_scan();
+        bool seen_all = fm_adopt_scan();
         fm_lock_drop(&fm.fork_lock);
+        if (!seen_all)
+            return LOOK_MIN_NS;          /* the program was changing its mappings: once more, before it fills them */
         watch.unmanaged_seen = fm_usage().anonymous_pages - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
         watch.scan_ns = fm_now_ns();
     }
