@@ -90,6 +90,11 @@ class Sampler:
             self.peak_bytes = max(self.peak_bytes, self._sample())
             self.samples += 1
 
+    def add(self, pid: int) -> None:
+        """For a daemon that hides all that would tell of whose job it is."""
+        with contextlib.suppress(OSError):
+            self._members.setdefault(pid, Member(pid))
+
     def _find_members(self, now: float) -> None:
         for name in os.listdir("/proc"):
             if not name.isdigit() or int(name) in self._members:

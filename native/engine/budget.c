@@ -102,27 +102,31 @@ static int64_t guard_pages(int64_t left)
     return guard < left / 2 ? guard : left / 2;
 }
 
-static int64_t elsewhere_pages(int64_t anonymous)
+static int64_t within(int64_t pages, int64_t most) { return pages < 0 ? 0 : pages > most ? most : pages; }
+
+static struct fm_usage shared_usage(int64_t anonymous)
 {
     uint64_t now = fm_now_ns();
-    if (__atomic_load_n(&fm.shares_memory, __ATOMIC_RELAXED) == 0)
-        return 0;
     if (now - budget.rollup_ns >= budget.rollup_pause_ns)
         ask_the_kernel(anonymous, now);
     int64_t since_ms = (int64_t)((now - budget.rollup_ns) / 1000000);
-    int64_t left = budget.elsewhere_pages - unshared_since() - since_ms * budget.pages_per_ms;
+    int64_t seen = budget.elsewhere_pages - unshared_since(), left = seen - since_ms * budget.pages_per_ms;
     left -= guard_pages(left);
-    return left < 0 ? 0 : left > anonymous ? anonymous : left;
+    return (struct fm_usage){ .anonymous_pages = anonymous,
+                              .local_pages = anonymous - within(seen, anonymous),
+                              .worst_pages = anonymous - within(left, anonymous) };
 }
 
 struct fm_usage fm_usage(void)
 {
     if (fm.regions_only) {              /* these alone are on the budget */
         int64_t pages = __atomic_load_n(&fm.core.local_pages, __ATOMIC_RELAXED);
-        return (struct fm_usage){ .anonymous_pages = pages, .local_pages = pages };
+        return (struct fm_usage){ .anonymous_pages = pages, .local_pages = pages, .worst_pages = pages };
     }
-    int64_t anonymous = anonymous_pages();
-    return (struct fm_usage){ .anonymous_pages = anonymous, .local_pages = anonymous - elsewhere_pages(anonymous) };
+    int64_t pages = anonymous_pages();
+    if (__atomic_load_n(&fm.shares_memory, __ATOMIC_RELAXED) != 0)
+        return shared_usage(pages);
+    return (struct fm_usage){ .anonymous_pages = pages, .local_pages = pages, .worst_pages = pages };
 }
 
 /* Says once, when it has lasted, what keeps the process over its share; again only after it was below.  over: the core's
@@ -158,7 +162,7 @@ static uint64_t others_need(void)
         struct fm_proc *p = &fm.control->procs[k];
         uint32_t s = __atomic_load_n(&p->state, __ATOMIC_RELAXED);
         if (k != fm.slot && (s == FM_PROC_LIVE || s == FM_PROC_ADOPTED))
-            sum += p->local_bytes + p->remote_bytes;
+            sum += p->need_bytes;
     }
     return sum;
 }

@@ -182,7 +182,8 @@ bool fm_descriptors_open(void);
 /* budget.c */
 struct fm_usage {
     int64_t anonymous_pages;           /* here, as the kernel counts them for this process alone */
-    int64_t local_pages;               /* ... less the part that other processes of the job count */
+    int64_t local_pages;               /* ... less the part that other processes of the job count, at the last look */
+    int64_t worst_pages;               /* ... less what they can be relied on to count still */
 };
 struct fm_usage fm_usage(void);
 void fm_usage_reset(void);

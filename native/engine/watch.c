@@ -49,7 +49,9 @@ static void publish(const struct fm_usage *u)
 {
     uint64_t local = (uint64_t)u->local_pages * FM_PAGE_BYTES;
     fm.proc->local_bytes = local;
-    fm.proc->remote_bytes = fm.state == FM_ENGINE_ADOPTED ? (uint64_t)fm.core.remote_pages * FM_PAGE_BYTES : 0;
+    uint64_t remote = fm.state == FM_ENGINE_ADOPTED ? (uint64_t)fm.core.remote_pages * FM_PAGE_BYTES : 0;
+    fm.proc->remote_bytes = remote;
+    fm.proc->need_bytes = (uint64_t)u->worst_pages * FM_PAGE_BYTES + remote;
     if (local > fm.proc->counters.peak_local_bytes)
         fm.proc->counters.peak_local_bytes = local;
 }
@@ -60,7 +62,7 @@ static uint64_t look_managed(const struct fm_usage *u, uint64_t share)
     struct fm_core *c = &fm.core;
     int64_t unmanaged = u->anonymous_pages - __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
     /* The core counts every page that is here in full, so what others count as well comes on top. */
-    int64_t elsewhere = u->anonymous_pages - u->local_pages;
+    int64_t elsewhere = u->anonymous_pages - u->worst_pages;
     int64_t limit = (int64_t)(share / FM_PAGE_BYTES) + elsewhere - (unmanaged > 0 ? unmanaged : 0);
     int64_t least = 2 * (int64_t)FM_FRAMES;
     uint64_t now = fm_now_ns();
@@ -100,7 +102,7 @@ static void adopt_now(uint64_t share)
 bool fm_watch_adopt(void)
 {
     if (fm.state != FM_ENGINE_ADOPTED && !fm.gave_up)
-        adopt_now(fm_budget_share(fm.proc->local_bytes + fm.proc->remote_bytes));
+        adopt_now(fm_budget_share(fm.proc->need_bytes));
     return fm.state == FM_ENGINE_ADOPTED;
 }
 
@@ -109,7 +111,7 @@ uint64_t fm_watch_look(void)
 {
     struct fm_usage u = fm_usage();
     publish(&u);
-    uint64_t mine = fm.proc->local_bytes + fm.proc->remote_bytes, share = fm_budget_share(mine);
+    uint64_t mine = fm.proc->need_bytes, share = fm_budget_share(mine);
     if (fm.state == FM_ENGINE_ADOPTED)
         return look_managed(&u, share);
     uint64_t head_room = share / 8 < 64 * MIB ? share / 8 : 64 * MIB;

@@ -81,10 +81,11 @@ struct fm_proc {
     uint32_t adopted;                 /* 1: it may hold slots of the pool, so the supervisor must reap it */
     uint64_t local_bytes;             /* anonymous memory that is here, staging included */
     uint64_t remote_bytes;            /* pages that are only in the pool */
+    uint64_t need_bytes;              /* both, where memory is shared since a fork at its worst: divides the budget */
     uint32_t fork_verdict;            /* of the parent on a child: enum fm_verdict */
     uint32_t fork_unmaps_n;           /* ranges unmapped while the fork went on, for the child to settle */
     uint64_t fork_unmaps[16];         /* start and end of each */
-    uint64_t pad[3];
+    uint64_t pad[2];
     struct fm_counters counters;
 };
 
