@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -name '*.[ch]' -o -name CMakeLists.txt -o -name '*.py')
 
-.PHONY: help build demo test lint man bench sim native tsan clean setup-build setup-test
+.PHONY: help build demo test lint man bench budget sim native tsan clean setup-build setup-test
 
 help: ## Show this list
 	@echo "farmem: make TARGET"
@@ -43,6 +43,11 @@ man: $(VENV)/.built ## Write the man pages in docs/man, from the options and doc
 
 bench: setup-test $(VENV)/.built ## Measure against everything local and the kernel's swap (ARGS=... passes options)
 	@FARMEM_CONFIG=/dev/null $(BIN)/python tools/bench.py $(ARGS)
+
+budget: setup-test $(VENV)/.built ## Hold real programs against their budgets from outside, and write docs/budget.md
+	@rm -f build/budget.json
+	@$(BIN)/python -m pytest tests/survive -k "test_same_result or redis" $(PYTEST_ARGS)
+	@$(BIN)/python tools/budget_table.py
 
 sim: native ## Run the simulator of the core with fresh seeds (ARGS=... passes options)
 	@cmake --build $(NATIVE_BUILD) --target sim -j $(JOBS)

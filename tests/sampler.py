@@ -59,7 +59,7 @@ class Sampler:
     """
 
     def __init__(self, mark: str, budget_bytes: int) -> None:
-        self.peak_bytes = 0
+        self.now_bytes = self.peak_bytes = 0
         self.samples = 0
         self.longest_gap_seconds = 0.0
         self._mark = mark.encode()
@@ -87,7 +87,8 @@ class Sampler:
             self.longest_gap_seconds = max(self.longest_gap_seconds, now - last)
             last = now
             self._find_members(now)
-            self.peak_bytes = max(self.peak_bytes, self._sample())
+            self.now_bytes = self._sample()
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes)
             self.samples += 1
 
     def add(self, pid: int) -> None:
