@@ -7,6 +7,7 @@ and the extension only.
 
 import errno
 import os
+import resource
 import stat
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from farmem.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, FarmemError
 from farmem.sizes import format_bytes
 
 BUDGET_BYTES_MIN = 16 << 20
+DESCRIPTORS_MIN = 16
 SCRIPT_DEPTH_MAX = 4
 _SCRIPT_LINE_BYTES = 256  # what the kernel reads of a #! line
 _SANITIZER_SYMBOLS = {
@@ -63,6 +65,17 @@ def check_budget(budget_bytes: int, example: str = "farmem run -m 16M -- CMD") -
         raise FarmemError(
             f"a budget of {format_bytes(budget_bytes)} is too small to work in",
             f"give at least {format_bytes(BUDGET_BYTES_MIN)}: {example}",
+        )
+
+
+def check_descriptors() -> None:
+    """The job's memory and its supervisor need some descriptors for themselves for a moment."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    left = limit - len(os.listdir("/proc/self/fd"))
+    if left < DESCRIPTORS_MIN:
+        raise FarmemError(
+            f"only {max(left, 0)} more files may be open here, and farmem needs {DESCRIPTORS_MIN}",
+            "raise the limit: ulimit -n 1024",
         )
 
 

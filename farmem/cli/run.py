@@ -148,6 +148,7 @@ def command(
         raise FarmemError("this runs in a farmem job already", "leave the inner `farmem run` out")
     if not words:
         raise FarmemError("there is no command to run", "type: farmem run -m 1G -- CMD ARG...")
+    checks.check_descriptors()
     library = checks.library_path()
     search = os.fsdecode(environment.get(b"PATH", os.fsencode(os.defpath)))
     path = checks.find_command(words[0], search)

@@ -60,6 +60,14 @@ def test_a_mistake_gets_a_sentence_a_hint_and_a_status(
     assert len(done.stderr.splitlines()) == 2
 
 
+def test_too_few_descriptors_are_told_before_anything_is_begun() -> None:
+    words = f"ulimit -n 18; exec {FARMEM} run -m 64M -- true"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=False)
+    assert done.returncode == 125
+    assert "more files may be open here" in done.stderr and "ulimit -n 1024" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_the_mistake_of_a_test_is_named_too() -> None:
     done = farmem("run", *START, "true", env={**os.environ, "FARMEM_TEST_DEFECTS": "copy_pinned,x"})
     assert done.returncode == 125
