@@ -287,17 +287,14 @@ static void found_pages(uint64_t start, uint64_t end)
 
 static bool fork_is_ignored(void) { return (fm.control->defects & FM_DEFECT_IGNORE_FORK) != 0; }
 
-/* Register one piece that is not managed yet.  Children of a fork that does not go through our handlers don't get
- * it at all: they fault hard instead of reading zeros. */
-static bool take_over(uint64_t start, uint64_t end)
+/* A piece that is registered with us is managed from now on.  Children of a fork that does not go through our handlers don't
+ * get it at all: they fault hard instead of reading zeros. */
+static void manage(uint64_t start, uint64_t end)
 {
-    if (!fm_uffd_register(start, end))
-        return false;
     if (!fork_is_ignored())
         fm_sys(SYS_madvise, start, end - start, MADV_DONTFORK);
     fm_core_managed(&fm.core, start / FM_PAGE_BYTES, (end - start) / FM_PAGE_BYTES);
     __atomic_add_fetch(&fm.proc->counters.managed_bytes, end - start, __ATOMIC_RELAXED);
-    return true;
 }
 
 /* The unmanaged parts of found[] replace it. */
@@ -333,10 +330,47 @@ static void look_at_maps(void)
         fm_core_share_frames(&fm.core);
 }
 
-/* Register what has appeared since, if nothing else happens to the address space meanwhile. */
+/* What was seen in the maps is not registered, so it may be unmapped without a word, or in part, and its place be used anew,
+ * before or after it is registered.  But a mapping is registered as a whole or not at all: what lies within a single one
+ * afterwards, and was registered by itself, is ours.  The rest is looked at again the next time. */
+static struct {
+    uint32_t next, kept;         /* in found[] */
+} confirm;
+
+static void confirm_within(const struct mapping *m)
+{
+    for (; confirm.next < found_n && found[confirm.next].start < m->end; confirm.next++) {
+        struct span s = found[confirm.next];
+        if (s.start >= m->start && s.end <= m->end)
+            found[confirm.kept++] = s;
+        else if (s.end > m->end)
+            found[confirm.next].start = s.end;         /* of two mappings: in none */
+    }
+}
+
+/* Of found[] what can be registered; each only while no event is unread: what was moved to its place is known by one alone. */
+static bool register_found(void)
+{
+    uint32_t n = 0;
+    bool same = true;
+    for (uint32_t k = 0; same && k < found_n; k++) {
+        same = !fm_uffd_changing();
+        if (same && fm_uffd_register(found[k].start, found[k].end))
+            found[n++] = found[k];
+    }
+    found_n = n;
+    confirm.next = confirm.kept = 0;
+    if (n > 0)
+        each_mapping(confirm_within);
+    found_n = confirm.kept;
+    return same;
+}
+
+/* Take over what has appeared since: found[] is what was.  False: something else happens to the address space meanwhile. */
 static bool take_over_new(void)
 {
     uint64_t seen = fm.mm_events;
+    found_n = 0;
     if (fm_uffd_changing())
         return false;
     look_at_maps();
@@ -344,9 +378,11 @@ static bool take_over_new(void)
     bool same = !fm_uffd_changing() && fm.mm_events == seen;
     if (same)
         only_new();
-    for (uint32_t k = 0; same && k < found_n; k++)
-        if (!take_over(found[k].start, found[k].end))
-            found[k].end = found[k].start;
+    else
+        found_n = 0;
+    same = same && register_found();
+    for (uint32_t k = 0; k < found_n; k++)
+        manage(found[k].start, found[k].end);
     fm_world_release(&fm.world);
     return same;
 }
@@ -359,9 +395,8 @@ bool fm_adopt_scan(void)
     fm_uffd_quiet_begin();
     bool same = take_over_new();
     fm_uffd_quiet_end();
-    for (uint32_t k = 0; same && k < found_n; k++)
-        if (found[k].end > found[k].start)
-            found_pages(found[k].start, found[k].end);
+    for (uint32_t k = 0; k < found_n; k++)
+        found_pages(found[k].start, found[k].end);
     /* A thread that began while we looked was told that its stack is not managed; or never asked (thrd_create). */
     if (same && !adopts_tls()) {
         list_threads();
@@ -379,8 +414,12 @@ enum fm_res fm_adopt_range(uint64_t start, uint64_t end)
         found[0] = (struct span){ start, end };
         found_n = 1;
         only_new();
-        for (uint32_t k = 0; k < found_n; k++)
-            all = take_over(found[k].start, found[k].end) && all;
+        for (uint32_t k = 0; k < found_n; k++) {
+            bool ok = fm_uffd_register(found[k].start, found[k].end);
+            if (ok)
+                manage(found[k].start, found[k].end);
+            all = all && ok;
+        }
     }
     fm_world_release(&fm.world);
     if (changing || !all)
