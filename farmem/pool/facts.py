@@ -1,0 +1,25 @@
+"""What a server is, for those of its parts that answer questions about it."""
+
+import dataclasses
+import sys
+import time
+
+from farmem.pool.leases import Leases
+from farmem.pool.nbdkit import Door
+
+
+@dataclasses.dataclass
+class Facts:
+    """One start of a server: one epoch."""
+
+    name: str
+    epoch: str
+    leases: Leases
+    doors: list[Door]
+    is_quiet: bool = False
+    started_seconds: float = dataclasses.field(default_factory=time.time)
+
+    def say(self, text: str) -> None:
+        """A line on stderr, for whoever runs the server."""
+        if not self.is_quiet:
+            print(f"farmem: {text}", file=sys.stderr, flush=True)

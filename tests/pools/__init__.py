@@ -1,0 +1,1 @@
+"""Memory on other hosts: servers, clients, and programs that use them."""
