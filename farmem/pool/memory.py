@@ -62,6 +62,11 @@ class Memory:
         for start in range(offset, offset + size_bytes, PIECE_BYTES):
             length = min(PIECE_BYTES, offset + size_bytes - start)
             with mmap.mmap(self.fd, length, offset=start) as piece:
+                if self.has_huge_pages:
+                    # What was promised and never touched would else stay promised: a hole only
+                    # gives back pages that are there.
+                    for at in range(0, length, EXTENT_BYTES):
+                        piece[at] = 0
                 piece.madvise(mmap.MADV_REMOVE)
             yield
 

@@ -271,11 +271,23 @@ def _inherited() -> tuple[list[socket.socket], list[socket.socket]]:
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
         return control, data
     for number in range(int(count)):
-        sock = socket.socket(fileno=_ACTIVATION_FIRST + number)
-        sock.set_inheritable(False)
-        is_stream = sock.family in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
-        if not is_stream or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise FarmemError("systemd handed over a socket that is no stream", "see ListenStream=")
+        sock = _inherited_socket(_ACTIVATION_FIRST + number)
         is_data = number < len(names) and names[number] == DATA_NAME
         (data if is_data else control).append(sock)
     return control, data
+
+
+def _inherited_socket(fd: int) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        sock.set_inheritable(False)
+        is_listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        what = f"descriptor {fd}, which systemd handed over, is no socket: {error.strerror}"
+        raise FarmemError(what, "see ListenStream= in the .socket unit") from error
+    if sock.family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6) or not is_listening:
+        raise FarmemError(
+            f"descriptor {fd}, which systemd handed over, is no socket that listens",
+            "see ListenStream= in the .socket unit",
+        )
+    return sock

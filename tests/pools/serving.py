@@ -119,6 +119,7 @@ class Server:
         self._log = log
         self._notes = notes
         self.tokens: set[str] = set()
+        self.given: list[dict[str, Any]] = []
         self.notified: list[str] = []
 
     @property
@@ -179,8 +180,9 @@ class Server:
     def lease(self, size_bytes: int, way: str = TCP, **more: Any) -> dict[str, Any]:
         status, found = self.ask("POST", "/v1/leases", {"bytes": size_bytes, **more}, way=way)
         assert status == 201, found
-        self.tokens.add(found["token"])
         assert isinstance(found, dict)
+        self.tokens.add(found["token"])
+        self.given.append(found)
         return found
 
     def refused(self, size_bytes: int, way: str = TCP, **more: Any) -> tuple[int, str]:
