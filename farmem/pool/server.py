@@ -31,7 +31,9 @@ from farmem.sizes import format_bytes, parse_size
 
 TEST_VARIABLE = "FARMEM_TEST_POOL"
 _EPOCH_BYTES = 8
-_DRAIN_LOOK_SECONDS = 0.05
+_DRAIN_LOOK_SECONDS = 0.2
+# systemd must not lose its patience (TimeoutStopSec) before we do: each look asks for so much more.
+_DRAIN_EXTEND_US = 10_000_000
 _NS = 1_000_000_000
 
 
@@ -188,6 +190,7 @@ class Server:
                 "another signal ends at once"
             )
         while self.leases.live and self._signals < 2 and time.monotonic() < end:
+            notify(f"EXTEND_TIMEOUT_USEC={_DRAIN_EXTEND_US}")
             await asyncio.sleep(_DRAIN_LOOK_SECONDS)
         if self.leases.live:
             lost = format_bytes(sum(lease.size_bytes for lease in self.leases.live))

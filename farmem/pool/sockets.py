@@ -273,6 +273,8 @@ def _inherited() -> tuple[list[socket.socket], list[socket.socket]]:
     for number in range(int(count)):
         sock = _inherited_socket(_ACTIVATION_FIRST + number)
         is_data = number < len(names) and names[number] == DATA_NAME
+        if sock.family == socket.AF_UNIX and sock.getsockname().endswith(DATA_SUFFIX):
+            is_data = True
         (data if is_data else control).append(sock)
     return control, data
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("farmem", "native", "tests", "tools", "docs", "systemd", ".ci")
-SUFFIXES = {".py", ".pyi", ".c", ".h", ".md", ".sh", ".toml", ".txt", ".service", ""}
+SUFFIXES = {".py", ".pyi", ".c", ".h", ".md", ".sh", ".toml", ".txt", ""}
+SUFFIXES |= {".service", ".socket", ".conf", ".rules"}
 CODE = (".py", ".pyi", ".c", ".h", ".sh")
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 600
