@@ -11,7 +11,7 @@ set -euo pipefail
 # Debian package names. Whoever adds a test that needs a program adds it here.
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev nbdkit-plugin-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
-    groff-base bash-completion zsh fish nbdkit libnbd-bin python3-libnbd qemu-utils curl systemd)
+    groff-base bash-completion zsh fish nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl systemd)
 # For tools/guest.sh, which boots another kernel.
 GUEST_PACKAGES=(qemu-system-x86 xz-utils)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)

@@ -99,8 +99,16 @@ def _parse_port(text: str) -> int:
     "--tls",
     type=click.Choice(["off", "on", "require"]),
     default=None,
-    help="off: lend in plain text, also to other hosts. Without it only addresses that this host "
-    "alone can reach are listened on. on and require are not there yet.",
+    help="For TCP. require: clients must use TLS and show a certificate; on: they may; off: none "
+    "can. Without it only addresses that this host alone can reach are listened on, in plain text.",
+)
+@click.option(
+    "--tls-certificates",
+    metavar="FOLDER",
+    type=Parsed("path", str),
+    default="",
+    help="Where ca-cert.pem, server-cert.pem and server-key.pem are. Whoever has a certificate of "
+    "that authority may lease, as the tenant that its common name says.",
 )
 @click.option(
     "--quota",
@@ -153,13 +161,9 @@ def command(**options: Any) -> None:
     import asyncio
 
     from farmem.pool.server import Settings, serve
+    from farmem.pool.tls import check_tls
 
     is_test = options["self_test"]
-    if options["tls"] in ("on", "require"):
-        raise FarmemError(
-            f"--tls={options['tls']} is not there yet",
-            "listen on 127.0.0.1 or unix:PATH, or say --tls=off on a network that you trust",
-        )
     if options["capacity_bytes"] is None and not is_test:
         raise FarmemError(
             "it is not said how much to lend",
@@ -175,7 +179,7 @@ def command(**options: Any) -> None:
         quotas=_quotas(options["quotas"]),
         data_port=options["data_port"],
         has_huge_pages=options["huge_pages"],
-        tls=options["tls"] or "",
+        tls=check_tls(options["tls"] or "", options["tls_certificates"]),
         is_quiet=options["quiet"] or is_test,
     )
     if is_test:

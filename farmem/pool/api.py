@@ -102,7 +102,7 @@ class Api:
                 "port": request.listener.data_port,
                 "unix": request.listener.data_path,
                 "export": lease.token,
-                "tls": False,
+                "tls": request.is_tls,
             },
         }
         return as_json(201, document)
@@ -145,7 +145,10 @@ def _text_in(asked: dict[str, Any], key: str) -> str:
 
 
 def _tenant_of(request: Request, claimed: str) -> str:
-    """Whose lease it is.  On a Unix socket the kernel says who asks; elsewhere it is a claim."""
+    """Whose lease it is.
+
+    On a Unix socket the kernel says who asks, with TLS the certificate; else it is a claim.
+    """
     if not request.user:
         return claimed or request.address
     if claimed and claimed != request.user and not request.is_root:

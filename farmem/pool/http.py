@@ -9,6 +9,7 @@ import contextlib
 import json
 import pwd
 import socket
+import ssl
 import struct
 import sys
 import traceback
@@ -20,6 +21,15 @@ import h11
 from farmem import __version__
 from farmem.pool.leases import Refused
 from farmem.pool.sockets import Listener
+from farmem.pool.tls import (
+    FIRST_BYTE,
+    HANDSHAKE_SECONDS,
+    OFF,
+    REQUIRE,
+    Tls,
+    name_in,
+    server_context,
+)
 
 HEAD_BYTES_MAX = 16 << 10
 BODY_BYTES_MAX = 64 << 10
@@ -28,11 +38,12 @@ CONNECTIONS_MAX = 1024
 REQUEST_SECONDS = 10.0
 IDLE_SECONDS = 120.0
 _READ_BYTES = 16 << 10
+_ACCEPT_AGAIN_SECONDS = 0.1
 _UCRED = struct.Struct("iII")
 
 
 class Request(NamedTuple):
-    """What was asked, and by whom: user is only known on a Unix socket."""
+    """What was asked, and by whom: user is known on a Unix socket and by a certificate."""
 
     method: str
     path: str
@@ -41,6 +52,7 @@ class Request(NamedTuple):
     address: str
     user: str
     is_root: bool
+    is_tls: bool
     listener: Listener
 
 
@@ -74,51 +86,97 @@ def as_error(status: int, what: str, hint: str = "") -> Response:
 class HttpServer:
     """Serves a handler on the control sockets."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, tls: Tls) -> None:
         self._handler = handler
-        self._servers: list[asyncio.Server] = []
+        self._tls = tls
+        self._context = server_context(tls) if tls.is_offered else None
+        self._accepting: list[asyncio.Task[None]] = []
         self._connections: set[asyncio.Task[None]] = set()
 
     async def start(self, listeners: list[Listener]) -> None:
         """Begin to accept."""
         for listener in listeners:
+            sock = listener.control.dup()  # what is closed in the end is our own
+            sock.setblocking(False)
+            self._accepting.append(asyncio.ensure_future(self._accept(sock, listener)))
 
-            async def serve(
-                reader: asyncio.StreamReader,
-                writer: asyncio.StreamWriter,
-                listener: Listener = listener,
-            ) -> None:
-                await self._serve(reader, writer, listener)
+    async def _accept(self, sock: socket.socket, listener: Listener) -> None:
+        """Take connections, for ever."""
+        loop = asyncio.get_running_loop()
+        with sock:
+            while True:
+                try:
+                    peer, _ = await loop.sock_accept(sock)
+                except OSError:  # the peer has gone again, or descriptors have run out
+                    await asyncio.sleep(_ACCEPT_AGAIN_SECONDS)
+                    continue
+                task = asyncio.ensure_future(self._serve(peer, listener))
+                self._connections.add(task)
+                task.add_done_callback(self._connections.discard)
 
-            sock = listener.control.dup()  # the loop closes its own
-            server = await asyncio.start_server(serve, sock=sock, limit=HEAD_BYTES_MAX)
-            self._servers.append(server)
+    async def accepting(self) -> None:
+        """For ever, unless that fails."""
+        await asyncio.gather(*self._accepting)
 
     async def stop(self) -> None:
         """Accept no more, and hang up."""
-        for server in self._servers:
-            server.close()
-        for task in self._connections:
+        tasks = [*self._accepting, *self._connections]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener: Listener
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._connections.add(task)
+    async def _serve(self, peer: socket.socket, listener: Listener) -> None:
+        mode = self._tls.mode if self._context and not listener.is_unix else OFF
+        writer = None
         try:
-            if len(self._connections) <= CONNECTIONS_MAX:
-                await _Connection(reader, writer, listener).serve(self._handler)
-        except (_Gone, OSError, asyncio.CancelledError, TimeoutError):
+            if len(self._connections) > CONNECTIONS_MAX:
+                return
+            is_tls = mode != OFF and await _begins_with_tls(peer)
+            reader, writer = await _streams(peer, self._context if is_tls else None)
+            handler = self._handler if is_tls or mode != REQUIRE else _refuse_plain
+            await _Connection(reader, writer, listener).serve(handler)
+        except (_Gone, OSError, TimeoutError):
             pass
         except Exception:  # a bug of ours ends one connection, not the memory of everybody
             traceback.print_exc(file=sys.stderr)
         finally:
-            self._connections.discard(task)
             with contextlib.suppress(OSError, RuntimeError):
-                writer.close()
+                (writer or peer).close()
+
+
+async def _begins_with_tls(peer: socket.socket) -> bool:
+    """Whether a client speaks TLS, from its first byte, which stays where it is."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(peer, readable.set)
+    try:
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            await readable.wait()
+    finally:
+        loop.remove_reader(peer)
+    return peer.recv(1, socket.MSG_PEEK) == FIRST_BYTE
+
+
+def _refuse_plain(request: Request) -> Response:
+    raise Refused(
+        403, "this server is spoken to with TLS alone", "ask https://, with a certificate"
+    )
+
+
+async def _streams(
+    peer: socket.socket, context: ssl.SSLContext | None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """asyncio's streams on a socket that was accepted."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=HEAD_BYTES_MAX)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport, _ = await loop.connect_accepted_socket(
+        lambda: protocol,
+        peer,
+        ssl=context,
+        ssl_handshake_timeout=HANDSHAKE_SECONDS if context else None,
+    )
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
 
 class _Connection:
@@ -131,6 +189,7 @@ class _Connection:
         self._writer = writer
         self._listener = listener
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+        self._is_tls = writer.get_extra_info("sslcontext") is not None
         self._address, self._user, self._is_root = _peer_of(writer, listener)
 
     async def serve(self, handler: Handler) -> None:
@@ -179,6 +238,7 @@ class _Connection:
             self._address,
             self._user,
             self._is_root,
+            self._is_tls,
             self._listener,
         )
 
@@ -219,7 +279,9 @@ def _peer_of(writer: asyncio.StreamWriter, listener: Listener) -> tuple[str, str
     """A peer's address, its user where the kernel knows it, and whether that is root."""
     if not listener.is_unix:
         name = writer.get_extra_info("peername")
-        return (str(name[0]) if name else "", "", False)
+        certificate = writer.get_extra_info("peercert")
+        user = name_in(certificate) if certificate else ""
+        return (str(name[0]) if name else "", user, False)
     sock = writer.get_extra_info("socket")
     found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     uid = _UCRED.unpack(found)[1]

@@ -5,6 +5,7 @@ Fixed newstyle, NBD_OPT_GO, simple replies.  The client that jobs use is in C
 """
 
 import asyncio
+import ssl
 import struct
 
 REQUEST_SECONDS = 30.0
@@ -18,7 +19,7 @@ _MAGIC, _OPTION_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
 _OPTION_REPLY_MAGIC = 0x3E889045565A9
 _REQUEST_MAGIC, _REPLY_MAGIC = 0x25609513, 0x67446698
 _FLAG_FIXED, _FLAG_NO_ZEROES = 1, 2
-_OPT_GO = 7
+_OPT_STARTTLS, _OPT_GO = 5, 7
 _REP_ACK, _REP_INFO, _REP_ERROR = 1, 3, 1 << 31
 _READ, _WRITE, _FLUSH, _TRIM = 0, 1, 3, 4
 _REPLY_BYTES_MAX = 4096
@@ -36,7 +37,7 @@ class NbdConnection:
         self._writer = writer
         self._cookie = 0
 
-    async def open(self, export: str) -> int:
+    async def open(self, export: str, tls: ssl.SSLContext | None = None) -> int:
         """The handshake; the export's size in bytes."""
         async with asyncio.timeout(REQUEST_SECONDS):
             magic, option, flags = _GREETING.unpack(await self._exactly(_GREETING.size))
@@ -45,8 +46,17 @@ class NbdConnection:
             name = export.encode()
             data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
             self._writer.write(struct.pack(">I", _FLAG_FIXED | (flags & _FLAG_NO_ZEROES)))
+            if tls is not None:
+                await self._start_tls(tls)
             self._writer.write(_OPTION.pack(_OPTION_MAGIC, _OPT_GO, len(data)) + data)
             return await self._go()
+
+    async def _start_tls(self, tls: ssl.SSLContext) -> None:
+        self._writer.write(_OPTION.pack(_OPTION_MAGIC, _OPT_STARTTLS, 0))
+        head = _OPTION_REPLY.unpack(await self._exactly(_OPTION_REPLY.size))
+        if head != (_OPTION_REPLY_MAGIC, _OPT_STARTTLS, _REP_ACK, 0):
+            raise NbdError("the server does not begin TLS")
+        await self._writer.start_tls(tls)
 
     async def _go(self) -> int:
         size_bytes = -1

@@ -22,6 +22,7 @@ from farmem import _native
 from farmem.errors import FarmemError
 from farmem.pool.leases import Table
 from farmem.pool.memory import Memory
+from farmem.pool.tls import Tls, nbdkit_words
 
 lib = _native.lib
 
@@ -97,9 +98,15 @@ class Door:
     """One nbdkit, and the sockets that it serves."""
 
     def __init__(
-        self, index: int, listening: list[socket.socket], memory: Memory, table: Table
+        self,
+        index: int,
+        listening: list[socket.socket],
+        memory: Memory,
+        table: Table,
+        tls: Tls,
     ) -> None:
         self.index = index
+        self._tls = tls
         self.restarts = 0
         self.pid = 0
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -153,8 +160,8 @@ class Door:
     def _arguments(self, parent: int) -> list[str]:
         memory = _FIRST_FD + len(self._listening)
         return [
-            "nbdkit", "--foreground", "--log=stderr", "--tls=off", f"--threads={THREADS}",
-            self._plugin, f"memory={memory}", f"table={memory + 1}",
+            "nbdkit", "--foreground", "--log=stderr", f"--threads={THREADS}",
+            *nbdkit_words(self._tls), self._plugin, f"memory={memory}", f"table={memory + 1}",
             f"door={self.index}", f"parent={parent}",
         ]  # fmt: skip
 

@@ -10,20 +10,29 @@ import json
 import os
 import random
 import socket
+import ssl
 import tempfile
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from farmem.errors import FarmemError
 from farmem.pool.nbd import NbdConnection, NbdError
 from farmem.pool.server import Server, Settings
 from farmem.pool.sockets import Listener, parse_listen
+from farmem.pool.tls import client_context
 from farmem.sizes import format_bytes
 
 SAMPLE_BYTES = 32 << 20
 _CHUNK_BYTES = 256 << 10
 _IN_FLIGHT = 4
+
+
+class Path(NamedTuple):
+    """A way to the memory: where to ask, and the certificate to show."""
+
+    listener: Listener
+    context: ssl.SSLContext | None
 
 
 class _Wrong(Exception):
@@ -37,16 +46,18 @@ async def run_self_test(settings: Settings) -> None:
             places = ("127.0.0.1:0", f"unix:{folder}/pool.sock")
             settings = settings._replace(listens=tuple(map(parse_listen, places)))
         server = Server(settings)
+        context = client_context(settings.tls) if settings.tls.is_offered else None
         async with server.serving():
-            await server.while_all_is_well(_test(server))
+            await server.while_all_is_well(_test(server, context))
     print("all is well", flush=True)
 
 
-async def _test(server: Server) -> None:
+async def _test(server: Server, context: ssl.SSLContext | None) -> None:
     for listener in server.sockets.listeners:
+        path = Path(listener, None if listener.is_unix else context)
         started = time.monotonic()
         try:
-            size_bytes = await _test_path(server, listener)
+            size_bytes = await _test_path(server, path)
         except (_Wrong, NbdError, OSError, asyncio.IncompleteReadError) as error:
             raise FarmemError(
                 f"self-test of {listener.url()} failed: {error}", "don't lend from this host"
@@ -62,28 +73,28 @@ def _check(holds: bool, what: str) -> None:
         raise _Wrong(what)
 
 
-async def _test_path(server: Server, listener: Listener) -> int:
+async def _test_path(server: Server, path: Path) -> int:
     """Twice the same memory: what the first lease wrote the second must not see."""
     wanted = min(SAMPLE_BYTES, server.leases.free_bytes)
     _check(wanted > 0, "this host has no memory to lend")
-    lease = await _lease(listener, wanted)
-    async with _connected(listener, lease) as data, _connected(listener, lease) as other:
+    lease = await _lease(path, wanted)
+    async with _connected(path, lease) as data, _connected(path, lease) as other:
         await _write_and_check(data, other, lease["bytes"])
-        await _release(listener, lease)
+        await _release(path, lease)
         with contextlib.suppress(NbdError):
             await data.read(0, 4096)
             raise _Wrong("a lease that has ended can still be read")
     with contextlib.suppress(NbdError):
-        async with _connected(listener, lease):
+        async with _connected(path, lease):
             raise _Wrong("a lease that has ended can still be opened")
     while server.leases.clearing_bytes:
         await asyncio.sleep(0.01)
-    again = await _lease(listener, wanted)
-    async with _connected(listener, again) as data:
+    again = await _lease(path, wanted)
+    async with _connected(path, again) as data:
         for offset in range(0, again["bytes"], _CHUNK_BYTES):
             found = await data.read(offset, _CHUNK_BYTES)
             _check(not any(found), "a new lease does not read as zeros")
-    await _release(listener, again)
+    await _release(path, again)
     return int(lease["bytes"])
 
 
@@ -106,19 +117,19 @@ async def _write_and_check(data: NbdConnection, other: NbdConnection, size_bytes
     _check(found == wanted, "wrong bytes around a hole")
 
 
-async def _open(listener: Listener, sock: socket.socket) -> Any:
+async def _open(path: Path, sock: socket.socket, context: ssl.SSLContext | None = None) -> Any:
     name = sock.getsockname()
-    if listener.is_unix:
+    if path.listener.is_unix:
         return await asyncio.open_unix_connection(name)
-    return await asyncio.open_connection(name[0], name[1])
+    return await asyncio.open_connection(name[0], name[1], ssl=context)
 
 
 @contextlib.asynccontextmanager
-async def _connected(listener: Listener, lease: dict[str, Any]) -> AsyncIterator[NbdConnection]:
-    reader, writer = await _open(listener, listener.data)
+async def _connected(path: Path, lease: dict[str, Any]) -> AsyncIterator[NbdConnection]:
+    reader, writer = await _open(path, path.listener.data)
     try:
         data = NbdConnection(reader, writer)
-        size_bytes = await data.open(lease["nbd"]["export"])
+        size_bytes = await data.open(lease["nbd"]["export"], path.context)
         _check(size_bytes == lease["bytes"], "an export is not as large as its lease")
         yield data
     finally:
@@ -126,13 +137,13 @@ async def _connected(listener: Listener, lease: dict[str, Any]) -> AsyncIterator
 
 
 async def _ask(
-    listener: Listener, method: str, path: str, token: str = "", document: object = None
+    path: Path, method: str, target: str, token: str = "", document: object = None
 ) -> tuple[int, Any]:
     """One request of HTTP, on a connection of its own."""
-    reader, writer = await _open(listener, listener.control)
+    reader, writer = await _open(path, path.listener.control, path.context)
     try:
         body = json.dumps(document).encode() if document is not None else b""
-        head = f"{method} {path} HTTP/1.1\r\nHost: self-test\r\nConnection: close\r\n"
+        head = f"{method} {target} HTTP/1.1\r\nHost: self-test\r\nConnection: close\r\n"
         head += f"Content-Length: {len(body)}\r\n"
         head += f"Authorization: Bearer {token}\r\n" if token else ""
         writer.write(f"{head}\r\n".encode() + body)
@@ -141,23 +152,23 @@ async def _ask(
         writer.close()
     top, _, rest = answer.partition(b"\r\n\r\n")
     words = top.split(b" ", 2)
-    _check(len(words) == 3 and words[1].isdigit(), f"{method} {path} was not answered")
+    _check(len(words) == 3 and words[1].isdigit(), f"{method} {target} was not answered")
     return int(words[1]), json.loads(rest) if rest else None
 
 
-async def _lease(listener: Listener, wanted_bytes: int) -> dict[str, Any]:
+async def _lease(path: Path, wanted_bytes: int) -> dict[str, Any]:
     asked = {"bytes": wanted_bytes, "job": "self-test"}
-    status, found = await _ask(listener, "POST", "/v1/leases", document=asked)
+    status, found = await _ask(path, "POST", "/v1/leases", document=asked)
     _check(status == 201, f"no lease was given: {found}")
     assert isinstance(found, dict)
-    status, _ = await _ask(listener, "POST", f"/v1/leases/{found['lease']}/renew", found["token"])
+    status, _ = await _ask(path, "POST", f"/v1/leases/{found['lease']}/renew", found["token"])
     _check(status == 200, "a lease could not be renewed")
     return found
 
 
-async def _release(listener: Listener, lease: dict[str, Any]) -> None:
-    path = f"/v1/leases/{lease['lease']}"
-    status, _ = await _ask(listener, "DELETE", path, "0" * len(lease["token"]))
+async def _release(path: Path, lease: dict[str, Any]) -> None:
+    target = f"/v1/leases/{lease['lease']}"
+    status, _ = await _ask(path, "DELETE", target, "0" * len(lease["token"]))
     _check(status == 401, "a wrong token was good enough")
-    status, _ = await _ask(listener, "DELETE", path, lease["token"])
+    status, _ = await _ask(path, "DELETE", target, lease["token"])
     _check(status == 204, "a lease could not be released")

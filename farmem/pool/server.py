@@ -25,7 +25,8 @@ from farmem.pool.http import HttpServer
 from farmem.pool.leases import Leases, Quotas, Table
 from farmem.pool.nbdkit import Door
 from farmem.pool.notify import notify, watchdog_seconds
-from farmem.pool.sockets import Listen, Sockets
+from farmem.pool.sockets import Listen, Listener, Sockets
+from farmem.pool.tls import Tls
 from farmem.pools import EXTENT_BYTES, host_memory_bytes
 from farmem.sizes import format_bytes, parse_size
 
@@ -48,7 +49,7 @@ class Settings(NamedTuple):
     quotas: Quotas
     data_port: int = 0
     has_huge_pages: bool = False
-    tls: str = ""
+    tls: Tls = Tls()
     is_quiet: bool = False
 
 
@@ -115,19 +116,19 @@ class Server:
         self.facts = Facts(
             settings.name, secrets.token_hex(_EPOCH_BYTES), self.leases, [], settings.is_quiet
         )
-        self._http = HttpServer(Api(self.facts).answer)
+        self._http = HttpServer(Api(self.facts).answer, settings.tls)
         self._signals = 0
         self._signalled = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
         """Everything is up inside of this, and gone behind it."""
-        self.sockets.open(self.settings.listens, self.settings.tls)
+        self.sockets.open(self.settings.listens, self.settings.tls.mode)
         try:
-            data = list({id(pair.data): pair.data for pair in self.sockets.listeners}.values())
-            door = Door(0, data, self._memory, self.leases.table)
-            self.facts.doors.append(door)
-            await door.start()
+            pairs, tls = self.sockets.listeners, self.settings.tls
+            plain = [pair for pair in pairs if pair.is_unix or not tls.is_offered]
+            await self._open_door(plain, Tls())
+            await self._open_door([pair for pair in pairs if pair not in plain], tls)
             await self._http.start(self.sockets.listeners)
             yield
         finally:
@@ -135,6 +136,14 @@ class Server:
             for door in self.facts.doors:
                 await door.stop()
             self.sockets.close()
+
+    async def _open_door(self, pairs: list[Listener], tls: Tls) -> None:
+        """An nbdkit for some of the sockets: TLS is all of its sockets' or none's."""
+        data = list({id(pair.data): pair.data for pair in pairs}.values())
+        if data:
+            index = len(self.doors)
+            self.doors.append(Door(index, data, self._memory, self.leases.table, tls))
+            await self.doors[index].start()
 
     async def run(self) -> None:
         """Serve until a signal says otherwise."""
@@ -148,7 +157,8 @@ class Server:
 
     async def while_all_is_well(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something to its end, unless a part of the server fails first."""
-        parts = [self.leases.reclaim(), self._expire(), self._watchdog(), *map(_watch, self.doors)]
+        parts = [self.leases.reclaim(), self._expire(), self._watchdog(), self._http.accepting()]
+        parts += map(_watch, self.doors)
         first = asyncio.ensure_future(work)
         tasks = [first, *map(asyncio.ensure_future, parts)]
         try:

@@ -135,9 +135,9 @@ class Sockets:
             for sock in (listener.control, listener.data):
                 if not is_loopback(sock) and not tls:
                     raise FarmemError(
-                        f"{url_of(sock)} can be reached from other hosts, and there is no TLS yet",
-                        "if you trust everybody on that network with what is lent, say --tls=off; "
-                        "else listen on 127.0.0.1:7717 or on unix:PATH",
+                        f"{url_of(sock)} can be reached from other hosts, and it is not said how",
+                        "say --tls=require --tls-certificates FOLDER; or --tls=off, if you trust "
+                        "everybody on that network; or listen on 127.0.0.1:7717 or unix:PATH",
                     )
 
     def _data_beside(self, control: socket.socket, data: list[socket.socket]) -> socket.socket:

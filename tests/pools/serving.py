@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -66,7 +67,7 @@ class UnixHttp(http.client.HTTPConnection):
 class Data:
     """A data connection, used one call at a time."""
 
-    def __init__(self, lease: dict[str, Any]) -> None:
+    def __init__(self, lease: dict[str, Any], tls: ssl.SSLContext | None = None) -> None:
         self._runner = asyncio.Runner()
         nbd = lease["nbd"]
 
@@ -77,7 +78,7 @@ class Data:
                 pair = await asyncio.open_connection("127.0.0.1", nbd["port"])
             self._writer = pair[1]
             self._nbd = NbdConnection(*pair)
-            return await self._nbd.open(nbd["export"])
+            return await self._nbd.open(nbd["export"], tls)
 
         try:
             self.bytes = self._runner.run(connect())

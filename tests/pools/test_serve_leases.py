@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 from farmem.pool.nbd import NbdError
 from tests.harness import as_user
-from tests.pools.serving import LIMIT_S, MIB, TCP, UNIX, Data, Server, serving, until
+from tests.pools.serving import LIMIT_S, MIB, TCP, UNIX, Data, Server, need, serving, until
 
 pytestmark = pytest.mark.pools
 EXTENT = 2 * MIB
@@ -61,6 +62,26 @@ def test_a_lease_is_what_was_asked_for(server: Server, way: str) -> None:
     assert renewed == (200, {"ttl_ns": lease["ttl_ns"], "epoch": lease["epoch"]})
     server.release(lease)
     assert server.renew(lease) == 404
+
+
+@pytest.mark.parametrize("way", [TCP, UNIX])
+def test_curl_is_enough(server: Server, way: str) -> None:
+    """With its defaults, as somebody at a terminal would type it."""
+    need("curl")
+
+    def curl(path: str, *words: str) -> Any:
+        place = f"http://127.0.0.1:{server.port}"
+        options = ["--unix-socket", server.path] if way == UNIX else []
+        command = ["curl", "-sS", "--fail-with-body", *options, *words, f"{place}{path}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+        return json.loads(done.stdout) if done.stdout else None
+
+    assert curl("/healthz") == {"status": "ok"}
+    lease = curl("/v1/leases", "-d", '{"bytes": 1000}')
+    server.given.append(lease)
+    bearer = ("-H", f"Authorization: Bearer {lease['token']}")
+    assert curl(f"/v1/leases/{lease['lease']}/renew", "-X", "POST", *bearer)["ttl_ns"]
+    assert curl(f"/v1/leases/{lease['lease']}", "-X", "DELETE", *bearer) is None
 
 
 def test_what_other_tokens_get(server: Server) -> None:

@@ -186,8 +186,8 @@ BAD_WORDS = [
     (["--data-port", "-1"], "is no port"),
     (["--name", "a\nb"], "printable"),
     (["--tls", "maybe"], "maybe"),
-    (["--capacity", "8M", "--tls", "on"], "not there yet"),
-    (["--capacity", "8M", "--tls", "require"], "not there yet"),
+    (["--capacity", "8M", "--tls", "on"], "needs certificates"),
+    (["--capacity", "8M", "--tls", "require"], "needs certificates"),
 ]
 
 

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from farmem.cli import main
+from farmem.cli import main, serve
+from farmem.cli.options import key_of, variable_of
+from farmem.pool import tls
 from farmem.pool.sockets import DATA_SUFFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "systemd"
 SERVICE, SOCKET = "farmem-server.service", "farmem-server.socket"
+DROP_IN = "farmem-server-tls.conf"
 EXPOSURE_MAX = 20  # tenths: 1.6 with systemd 252
 
 
@@ -49,6 +52,20 @@ def test_a_line_that_it_does_not_understand_would_be_seen(units: Path) -> None:
     assert "often" in analyze("verify", "--man=no", str(units / SERVICE)).stderr
 
 
+def test_with_tls(units: Path) -> None:
+    """The drop-in hands over what the server looks for, under the names that it looks for."""
+    text = (UNITS / DROP_IN).read_text()
+    (units / f"{SERVICE}.d").mkdir()
+    (units / f"{SERVICE}.d" / DROP_IN).write_text(text)
+    done = analyze("verify", "--man=no", str(units / SERVICE))
+    assert (done.returncode, done.stderr) == (0, "")
+    handed = re.findall(r"^LoadCredential=([^:]+):", text, re.MULTILINE)
+    assert sorted(handed) == sorted((tls.AUTHORITY, tls.CERTIFICATE, tls.KEY))
+    variables = re.findall(r"(FARMEM_\w+)=", text)
+    known = serve.command.params
+    assert set(variables) <= {variable_of("serve", key_of(option)) for option in known}
+
+
 def test_the_service_is_confined(units: Path) -> None:
     words = ("security", "--offline=true", f"--threshold={EXPOSURE_MAX}", "--no-pager")
     done = analyze(*words, str(units / SERVICE))
@@ -74,6 +91,8 @@ def test_the_example_is_what_serve_takes(
     text = (UNITS / "farmem.example.toml").read_text()
     full = re.sub(r"^# ([a-z-]+ = )", r"\1", text, flags=re.MULTILINE)
     full = full.replace('quota = ["16G"]', "", 1)
+    for name in (tls.AUTHORITY, tls.CERTIFICATE, tls.KEY):
+        (tmp_path / name).touch()
     begun = []
 
     def begin(coroutine: object) -> None:
@@ -83,7 +102,7 @@ def test_the_example_is_what_serve_takes(
     monkeypatch.setattr("asyncio.run", begin)
     for number, example in enumerate((text, full), 1):
         path = tmp_path / "farmem.toml"
-        path.write_text(example)
+        path.write_text(example.replace("/etc/farmem/tls", str(tmp_path)))
         assert main(["--config", str(path), "serve"]) == 0, capsys.readouterr().err
         assert len(begun) == number
     assert full.count("\nlisten = ") == full.count("\nhuge-pages = ") == 1
