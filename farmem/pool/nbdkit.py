@@ -23,11 +23,14 @@ from farmem.errors import FarmemError
 from farmem.pool.leases import Table
 from farmem.pool.memory import Memory
 from farmem.pool.tls import Tls, nbdkit_words
+from farmem.running import printable
 
 lib = _native.lib
 
 PLUGIN = "nbdkit-farmem-plugin.so"
-THREADS = 16  # of each connection: so many requests of it are served at once
+# Of each connection: so many requests of it are served at once.  More was not faster, and there
+# may be thousands of connections.
+THREADS = 4
 START_SECONDS = 10.0
 STOP_SECONDS = 2.0
 # Dying again and again is no accident: then the server ends, and says so.
@@ -84,8 +87,8 @@ class Log:
             self._say(line.decode(errors="replace"))
 
     def _say(self, line: str) -> None:
-        text = "".join(char if char.isprintable() else "?" for char in line[:_LINE_CHARACTERS])
-        self.last = _TOKEN.sub("...", text.removeprefix("nbdkit: "))
+        text = _TOKEN.sub("...", line.removeprefix("nbdkit: "))[:_LINE_CHARACTERS]
+        self.last = printable(text)
         second = int(time.monotonic())
         if second != self._second:
             self._second, self._lines = second, 0

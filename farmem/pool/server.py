@@ -9,6 +9,7 @@ server that forgets leases or lends dirty memory.
 import asyncio
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -229,6 +230,13 @@ async def _watch(door: Door) -> None:
     await door.failed
 
 
+def _allow_descriptors() -> None:
+    """As many as we may have: each connection is one, in nbdkit as well, which inherits this."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 async def serve(settings: Settings) -> None:
     """A server, from its start to its end."""
+    _allow_descriptors()
     await Server(settings).run()
