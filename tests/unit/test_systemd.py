@@ -1,7 +1,6 @@
 """The units as systemd reads them, and what is said beside them.
 
-A systemd that runs them is not to be had in every test's place; that the server does what
-Type=notify, the watchdog and a .socket unit ask of it is in tests/pools/test_serve_life.py.
+A systemd that runs them is in tests/pools/test_serve_systemd.py.
 """
 
 from __future__ import annotations
