@@ -11,9 +11,11 @@ set -euo pipefail
 # Debian package names. Whoever adds a test that needs a program adds it here.
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev nbdkit-plugin-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
-    groff-base bash-completion zsh fish nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl systemd)
+    groff-base bash-completion zsh fish)
 # For tools/guest.sh, which boots another kernel.
 GUEST_PACKAGES=(qemu-system-x86 xz-utils)
+# For `farmem serve` (nbdkit) and for tests/pools, which uses it with other people's programs.
+POOL_PACKAGES=(nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl systemd)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)
 
 fits() {
@@ -111,7 +113,7 @@ main() {
             python=$(find_python)
             mapfile -t extra < <(python_packages "$python")
             if [ "$1" = test ]; then
-                extra+=("${TEST_PACKAGES[@]}" "${GUEST_PACKAGES[@]}")
+                extra+=("${TEST_PACKAGES[@]}" "${GUEST_PACKAGES[@]}" "${POOL_PACKAGES[@]}")
             fi
             ensure "${BUILD_PACKAGES[@]}" "${extra[@]}"
             ;;
