@@ -1,6 +1,5 @@
 """farmem serve: lend this host's memory to jobs on other hosts, or on this one."""
 
-import os
 import socket
 from typing import Any
 
@@ -161,6 +160,7 @@ def command(**options: Any) -> None:
     import asyncio
 
     from farmem.pool.server import Settings, serve
+    from farmem.pool.sockets import is_activated
     from farmem.pool.tls import check_tls
 
     is_test = options["self_test"]
@@ -187,7 +187,7 @@ def command(**options: Any) -> None:
 
         asyncio.run(run_self_test(settings))
         return
-    if not settings.listens and "LISTEN_FDS" not in os.environ:
+    if not settings.listens and not is_activated():
         settings = settings._replace(listens=(_parse_listen(DEFAULT_LISTEN),))
     asyncio.run(serve(settings))
 

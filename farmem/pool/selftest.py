@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from farmem.errors import FarmemError
 from farmem.pool.nbd import NbdConnection, NbdError
 from farmem.pool.server import Server, Settings
-from farmem.pool.sockets import Listener, parse_listen
+from farmem.pool.sockets import Listener, is_activated, parse_listen
 from farmem.pool.tls import client_context
 from farmem.sizes import format_bytes
 
@@ -42,7 +42,7 @@ class _Wrong(Exception):
 async def run_self_test(settings: Settings) -> None:
     """Raise a FarmemError if anything is wrong."""
     with tempfile.TemporaryDirectory(prefix="farmem-self-test-") as folder:
-        if not settings.listens and "LISTEN_FDS" not in os.environ:
+        if not settings.listens and not is_activated():
             places = ("127.0.0.1:0", f"unix:{folder}/pool.sock")
             settings = settings._replace(listens=tuple(map(parse_listen, places)))
         server = Server(settings)

@@ -125,6 +125,8 @@ class Sockets:
                     self._open_unix(listen)
                 else:
                     self._open_tcp(listen)
+            if not self.listeners:
+                raise FarmemError("there is nowhere to listen", f"give --listen: {_EXAMPLES}")
             self._check_tls(tls)
         except BaseException:
             self.close()
@@ -262,15 +264,21 @@ def _remove_stale(listen: Listen) -> None:
     raise FarmemError(f"somebody listens on {listen.path} already", "choose another path")
 
 
+def is_activated() -> bool:
+    """Whether systemd has handed sockets to this very process."""
+    count = os.environ.get("LISTEN_FDS", "")
+    return os.environ.get("LISTEN_PID") == str(os.getpid()) and count.isdigit() and count != "0"
+
+
 def _inherited() -> tuple[list[socket.socket], list[socket.socket]]:
     """The sockets of sd_listen_fds(3): those that clients ask, and those for the data."""
     control: list[socket.socket] = []
     data: list[socket.socket] = []
-    count = os.environ.pop("LISTEN_FDS", "")
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdigit():
+    if not is_activated():
         return control, data
-    for number in range(int(count)):
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    del os.environ["LISTEN_PID"]
+    for number in range(int(os.environ.pop("LISTEN_FDS"))):
         sock = _inherited_socket(_ACTIVATION_FIRST + number)
         is_data = number < len(names) and names[number] == DATA_NAME
         if sock.family == socket.AF_UNIX and sock.getsockname().endswith(DATA_SUFFIX):

@@ -16,7 +16,7 @@ from farmem.pool.facts import Facts
 from farmem.pool.leases import Leases, Quotas, Table
 from farmem.pool.memory import Memory
 from farmem.pool.metrics import text_of
-from farmem.pool.sockets import parse_listen
+from farmem.pool.sockets import Sockets, is_activated, parse_listen
 from farmem.pool.tls import name_in
 
 
@@ -93,6 +93,17 @@ def test_addresses() -> None:
     assert parse_listen("tcp://localhost:77")[1:] == ("localhost", 77, "")
     assert parse_listen("unix:/run/x")[1:] == ("", 0, "/run/x")
     assert parse_listen("unix:///run/x")[1:] == ("", 0, "/run/x")
+
+
+def test_sockets_that_are_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the environment may be another process's: only LISTEN_PID tells."""
+    for pid, count, ours in ((os.getpid(), "1", True), (1, "1", False), (os.getpid(), "0", False)):
+        monkeypatch.setenv("LISTEN_PID", str(pid))
+        monkeypatch.setenv("LISTEN_FDS", count)
+        assert is_activated() == ours
+    with pytest.raises(FarmemError) as error:
+        Sockets().open((), "")
+    assert "nowhere to listen" in error.value.what
 
 
 def test_whose_certificate_it_is() -> None:
