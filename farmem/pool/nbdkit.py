@@ -28,14 +28,16 @@ from farmem.running import printable
 lib = _native.lib
 
 PLUGIN = "nbdkit-farmem-plugin.so"
-# Of each connection: so many requests of it are served at once.  More was not faster, and there
-# may be thousands of connections.
-THREADS = 4
+# Of each connection, one: nbdkit 1.32 aborts when a client hangs up, or sends rubbish, while
+# another thread of that connection answers.  Clients that want more at once open more connections.
+THREADS = 1
 START_SECONDS = 10.0
 STOP_SECONDS = 2.0
-# Dying again and again is no accident: then the server ends, and says so.
-RESTARTS_MAX = 5
-RESTARTS_SECONDS = 60.0
+# It is started again as often as it dies, less and less eagerly: ending the server would lose what
+# is lent.  Only if it dies so often without having served at all, there is nothing to be hoped for.
+USELESS_STARTS_MAX = 5
+AGAIN_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+_RECENTLY_SECONDS = 60.0
 _LOOK_SECONDS = 0.01
 _LINE_CHARACTERS = 300
 _LINES_PER_SECOND = 5
@@ -119,7 +121,9 @@ class Door:
         self._table = table
         self._pidfd = -1
         self._is_stopping = False
-        self._deaths: collections.deque[float] = collections.deque(maxlen=RESTARTS_MAX)
+        self._has_served = False
+        self._deaths: collections.deque[float] = collections.deque(maxlen=len(AGAIN_SECONDS) - 1)
+        self._useless_starts = 0
         read, self._log_fd = os.pipe()
         self._log = Log(read)
         asyncio.get_running_loop().add_reader(read, self._log.read)
@@ -137,6 +141,7 @@ class Door:
                     f"try: {self._program} --dump-plugin {self._plugin}",
                 )
             await asyncio.sleep(_LOOK_SECONDS)
+        self._has_served = True
 
     async def stop(self) -> None:
         """End it: politely, then not."""
@@ -179,25 +184,29 @@ class Door:
         if self._is_stopping:
             return
         how = f"signal {-status}" if status < 0 else f"status {status}"
-        now = time.monotonic()
-        too_often = len(self._deaths) == RESTARTS_MAX and now - self._deaths[0] < RESTARTS_SECONDS
-        self._deaths.append(now)
-        if not was_ready or too_often:
-            self.failed.set_exception(
-                FarmemError(
-                    f"nbdkit has ended with {how}: {self._log.last or 'it said nothing'}",
-                    "what it said stands above",
-                )
-            )
+        said = f"nbdkit has ended with {how} ({self._log.last or 'without a word'})"
+        self._useless_starts = 0 if was_ready else self._useless_starts + 1
+        if not self._has_served or self._useless_starts == USELESS_STARTS_MAX:
+            self.failed.set_exception(FarmemError(said, "what it said stands above"))
             return
         print(
-            f"farmem: warning: nbdkit has ended with {how}; it is started again, "
-            "and every lease lives on",
+            f"farmem: warning: {said}; it is started again, and every lease lives on",
             file=sys.stderr,
             flush=True,
         )
-        self.restarts += 1
-        self._spawn()
+        loop.call_later(self._pause_seconds(), self._spawn_again)
+
+    def _pause_seconds(self) -> float:
+        """How long to wait before it is started again: the more often it died, the longer."""
+        now = time.monotonic()
+        recent = sum(now - death < _RECENTLY_SECONDS for death in self._deaths)
+        self._deaths.append(now)
+        return AGAIN_SECONDS[recent]
+
+    def _spawn_again(self) -> None:
+        if not self._is_stopping:
+            self.restarts += 1
+            self._spawn()
 
 
 def _become(program: str, arguments: list[str], fds: list[int], log_fd: int) -> NoReturn:

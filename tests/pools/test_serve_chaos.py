@@ -24,7 +24,7 @@ BLOCK = 64 << 10
 CLIENTS = 4
 LEASES_EACH = 12
 CALLS_EACH = 30
-KILLS = 2  # below what ends the server (farmem.pool.nbdkit.RESTARTS_MAX)
+KILLS = 2
 
 
 class Client:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,19 +140,37 @@ def test_leases_outlive_nbdkit() -> None:
         assert "every lease lives on" in server.log
 
 
-def test_a_data_process_that_dies_again_and_again_ends_the_server() -> None:
+def test_a_data_process_that_dies_again_and_again_is_started_as_often() -> None:
+    """To end the server would lose what is lent; whoever waits gets its bytes."""
     with serving() as server:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        lease = server.lease(8 * MIB)
+        for number in range(8):
+            until(server.nbdkit, "nbdkit")
+            with Data(lease) as data:
+                assert data.read(0, 1) == bytes([number])
+                data.write(0, bytes([number + 1]))
+            os.kill(server.nbdkit(), signal.SIGKILL)
+        with Data(lease) as data:
+            assert data.read(0, 1) == b"\x08"
+        assert server.metrics()["data_restarts_total"] == 8
 
-        def kill() -> bool:
-            with contextlib.suppress(OSError):
-                for pid in children.read_text().split():
-                    os.kill(int(pid), signal.SIGKILL)
-            return server.process.poll() is not None
 
-        until(kill, "the server's end")
-        assert server.process.returncode == 125
-        assert "nbdkit has ended with signal 9" in server.log
+def test_a_data_process_that_can_not_start_any_more_ends_the_server(folder: Path) -> None:
+    can_serve()
+    flag, fake = folder / "broken", folder / "nbdkit"
+    real = shutil.which("nbdkit")
+    fake.write_text(
+        f"#!/bin/sh\n[ -e {flag} ] && echo 'all broken' >&2 && exit 3\nexec {real} \"$@\"\n"
+    )
+    fake.chmod(0o755)
+    with serving(env={"PATH": f"{folder}:{os.environ['PATH']}"}) as server:
+        lease = server.lease(MIB)
+        with Data(lease) as data:
+            data.write(0, b"x")
+        flag.touch()
+        os.kill(server.nbdkit(), signal.SIGKILL)
+        assert server.process.wait(LIMIT_S) == 125
+        assert "nbdkit has ended with status 3 (all broken)" in server.log
 
 
 def test_what_is_busy_in_a_lease_that_ended_is_waited_for() -> None:
