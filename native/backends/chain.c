@@ -56,6 +56,7 @@ static const struct fm_backend *backend_of(uint32_t kind)
     switch ((enum fm_backend_kind)kind) {
     case FM_BACKEND_MEM: return &fm_backend_mem;
     case FM_BACKEND_FILE: return &fm_backend_file;
+    case FM_BACKEND_NBD: return &fm_backend_nbd;
     }
     return NULL;
 }

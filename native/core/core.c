@@ -214,7 +214,7 @@ static bool fetch_failed(struct fm_core *c, struct fm_block *b, uint32_t i, uint
 {
     struct fm_frame *fr = &c->frame[f];
     uint32_t tries = io->tries + 1;
-    if (tries < (io->status != 0 ? TRIES_MAX : 2)) {
+    if (!io->final && tries < (io->status != 0 ? TRIES_MAX : 2)) {
         fr->io = FM_IO_FETCH;
         fr->slot = b->slot[i];
         fr->transfer = (struct fm_io){ .kind = FM_IO_FETCH, .n = 1, .frame = f, .slot = b->slot[i], .tries = tries };
@@ -336,7 +336,7 @@ static void stored_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint3
 static void store_done(struct fm_core *c, struct fm_io *done)
 {
     struct fm_io io = *done;
-    if (io.status != 0 && io.tries + 1 < TRIES_MAX) {
+    if (io.status != 0 && !io.final && io.tries + 1 < TRIES_MAX) {
         done->tries++;
         done->status = 0;
         c->ops->submit(c->ctx, done);

@@ -96,6 +96,7 @@ struct fm_io {
     int32_t status;        /* 0, or an errno: for the whole transfer */
     uint32_t tries;
     bool marker;           /* fetch: leave the last page staged */
+    bool final;            /* failed, and to try again is of no use: whoever says so has tried for long */
     uint64_t due_ns;       /* the delay filter's */
     uint64_t begun_ns;     /* the stats filter's */
     struct fm_io *next;    /* whoever has it in hand may chain it */

@@ -18,7 +18,8 @@
 #include "engine/engine.h"
 #include "fm_assert.h"
 
-#define SETTLE_TRIES 100000
+#define SETTLE_NS 5000000000ull
+#define SETTLE_STEP_NS 50000
 #define VERDICT_NS 10000000000ull
 #define SCAN_TRIES 1000
 #define LOOK_NS 1000000
@@ -158,9 +159,11 @@ static void stand_still(void)
     struct fm_core *c = &fm.core;
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
     take_in_the_grown();
-    for (int k = 0; k < SETTLE_TRIES && anything_in_hand(c); k++) {
+    /* What is only in a frame would be lost to the child: a server that is slow is waited for as long as for a fault. */
+    uint64_t until = fm_now_ns() + SETTLE_NS + fm.control->pool_server.timeout_ns;
+    while (anything_in_hand(c) && fm_now_ns() < until) {
         fm_core_evict(c, 0);
-        fm_sleep_ns(50000);
+        fm_sleep_ns(SETTLE_STEP_NS);
     }
     fm_front_thread_hold();
     wait_for_gate();

@@ -24,6 +24,7 @@ struct fm_chain {
     char *pool;                       /* mem: the mapped pool */
     int pool_fd;                      /* file: the open file, in the engine's descriptor table */
     uint32_t file_io;                 /* enum fm_file_io */
+    const struct fm_pool_server *server;   /* nbd */
     uint64_t pool_bytes;
     const char *full;                 /* what to say when no space could be granted; NULL: there is space, or was no try */
     uint64_t full_errno;
@@ -61,7 +62,7 @@ void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io);
 /* file.c: is this one of the backend's own mappings? */
 bool fm_file_mapped(uint64_t start);
 
-extern const struct fm_backend fm_backend_mem, fm_backend_file;
+extern const struct fm_backend fm_backend_mem, fm_backend_file, fm_backend_nbd;
 extern const struct fm_backend fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
 
 static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)

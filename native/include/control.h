@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 3
+#define FM_CONTROL_VERSION 4
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -22,6 +22,7 @@
 #define FM_FILTERS_MAX 8
 #define FM_SECRET_BYTES 192
 #define FM_TOKEN_BYTES 16
+#define FM_POOL_EXPORT_BYTES 1024
 
 /* Counters of one process; the names are the names in --stats.  Only that
  * process's engine writes them. */
@@ -63,6 +64,8 @@ struct fm_counters {
     uint64_t peak_local_bytes;
     uint64_t transfers_uring;         /* file: transfers that ended, by io_uring ... */
     uint64_t transfers_threads;       /* ... and by a thread that waits for each */
+    uint64_t pool_connections_lost;   /* nbd: how often one ended, and was made anew */
+    uint64_t pool_silent_ns;          /* nbd: how long the server was waited for that did not answer */
 };
 
 enum fm_proc_state {
@@ -142,6 +145,18 @@ enum fm_defect {
     FM_DEFECT_BELIEVE_MOVE = 131072       /* what UFFDIO_MOVE says it did is not confirmed */
 };
 
+/* Where a pool elsewhere is: looked up and asked before the program starts. */
+struct fm_pool_server {
+    uint64_t timeout_ns;              /* a request that is not answered within it has failed */
+    uint32_t address_bytes;           /* of address: a struct sockaddr of any family */
+    uint32_t export_bytes;            /* of export_name */
+    uint32_t gone;                    /* 1: the supervisor has learned that our lease has ended */
+    uint32_t pad;
+    uint8_t address[128];
+    char name[128];                   /* what messages call the server; always ends with 0 */
+    char export_name[1024];           /* FM_POOL_EXPORT_BYTES; may be a secret (a lease's token): never said, never logged */
+};
+
 struct fm_control {
     uint64_t magic;
     uint32_t version;
@@ -162,6 +177,7 @@ struct fm_control {
     uint64_t message_next;
     uint8_t secret[192];              /* FM_SECRET_BYTES, for XXH3 */
     struct fm_filter_config filter[8];
+    struct fm_pool_server pool_server;
     struct fm_message messages[256];
     struct fm_proc procs[1024];
 };
@@ -171,7 +187,7 @@ enum fm_flag {
     FM_FLAG_POOL_DIRECT = 2           /* file: opened for direct I/O */
 };
 
-enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2 };
+enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_NBD = 3 };
 enum fm_file_io { FM_FILE_IO_AUTO = 0, FM_FILE_IO_URING = 1, FM_FILE_IO_THREADS = 2 };   /* auto: io_uring if it can be had */
 enum fm_uffd_way {
     FM_UFFD_NONE = 0,
