@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from farmem import _native
@@ -25,6 +26,7 @@ from farmem.sizes import format_bytes
 
 if TYPE_CHECKING:
     from farmem.poolfile import PoolFile
+    from farmem.poolserver import PoolServer
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -35,6 +37,7 @@ JOB_VARIABLE = b"FARMEM_JOB"
 DEFECTS_VARIABLE = b"FARMEM_TEST_DEFECTS"
 EVICT_VARIABLE = b"FARMEM_TEST_EVICT"
 FILE_IO_VARIABLE = b"FARMEM_TEST_FILE_IO"
+POOL_TIMEOUT_NS = 30_000_000_000
 
 
 class Request(NamedTuple):
@@ -52,6 +55,7 @@ class Request(NamedTuple):
     evict_mode: int = 0
     file_io: int = 0
     file_direct: bool = True
+    pool_timeout_ns: int = POOL_TIMEOUT_NS
 
 
 class Memory:
@@ -65,6 +69,9 @@ class Memory:
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         self.map = mmap.mmap(self.fd, size_bytes)
         self.pointer: Any = ffi.from_buffer(self.map)
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """Nothing to do: memory stays."""
 
     def discard(self) -> None:
         """Nothing to do: it goes with the last process that has it."""
@@ -85,19 +92,22 @@ class Job:
     """The shared memory and the socket of a job that is about to start."""
 
     def __init__(self, request: Request) -> None:
-        self.request = request
         self.started_ns = time.monotonic_ns()
         self.name = f"farmem-{secrets.token_hex(8)}"
         self.token = secrets.token_bytes(lib.FM_TOKEN_BYTES)
         self.control_memory = Memory("farmem-control", ffi.sizeof("struct fm_control"))
         self.control: Any = ffi.cast("struct fm_control *", self.control_memory.pointer)
-        self.ledger = _open_ledger(request.pool)
-        self.pool = _open_pool(request)
-        self._fill_control()
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.listener.bind(f"\0{self.name}")
-        self.listener.listen(LISTEN_BACKLOG)
-        self.listener.setblocking(False)
+        self.pool, self.request = _open_pool(request)
+        try:
+            self.ledger = _open_ledger(self.request.pool)
+            self._fill_control()
+            self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.listener.bind(f"\0{self.name}")
+            self.listener.listen(LISTEN_BACKLOG)
+            self.listener.setblocking(False)
+        except (FarmemError, OSError):
+            self.pool.discard()
+            raise
 
     def _fill_control(self) -> None:
         request, control = self.request, self.control
@@ -112,6 +122,12 @@ class Job:
         control.defects = request.defects
         control.evict_mode = request.evict_mode
         control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
+        if request.pool.server is not None:
+            from farmem.poolserver import PoolServer
+
+            assert isinstance(self.pool, PoolServer)
+            control.backend = lib.FM_BACKEND_NBD
+            self.pool.fill(control, request.pool_timeout_ns)
         control.file_io = request.file_io
         control.userfaultfd_way = request.userfaultfd_way
         ffi.memmove(control.secret, os.urandom(lib.FM_SECRET_BYTES), lib.FM_SECRET_BYTES)
@@ -146,13 +162,19 @@ def _open_ledger(pool: Pool) -> Memory:
     return ledger
 
 
-def _open_pool(request: Request) -> "Memory | PoolFile":
+def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServer, Request]":
+    """The pool, and the request with what the pool is known to have now."""
     pool = request.pool
-    if not pool.path:
-        return _memory_for(pool, "farmem-pool", pool.capacity_bytes)
-    from farmem.poolfile import PoolFile
+    if pool.server is not None:
+        from farmem.poolserver import PoolServer
 
-    return PoolFile(pool, request.file_direct)
+        there = PoolServer(pool)
+        return there, request._replace(pool=pool._replace(capacity_bytes=there.capacity_bytes))
+    if pool.path:
+        from farmem.poolfile import PoolFile
+
+        return PoolFile(pool, request.file_direct), request
+    return _memory_for(pool, "farmem-pool", pool.capacity_bytes), request
 
 
 def inherited_environment() -> dict[bytes, bytes]:

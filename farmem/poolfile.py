@@ -13,6 +13,7 @@ import mmap
 import os
 import secrets
 import stat
+from collections.abc import Callable
 
 from farmem.errors import FarmemError
 from farmem.pools import FILE_HINT, Pool, smaller_pool_hint
@@ -62,6 +63,9 @@ class PoolFile:
             os.close(fd)
             raise
         return fd
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """Nothing to do: a file stays."""
 
     def discard(self) -> None:
         """The job has ended, or never began: leave nothing behind."""

@@ -1,19 +1,29 @@
 """--pool as people write it: where evicted pages go.
 
 `mem:` keeps the bytes on this host, in a sparse memfd; `file:` in a file of a local file
-system.  What is read here is only looked at, never made: opening is the job's business.
-A size stands before a path, never behind it, because a path can hold any character.
+system; the others on a server, see servers.py.  What is read here is only looked at, never made:
+opening is the job's business.  A size stands before a path, never behind it, because a path can
+hold any character.
 """
 
 import os
 import resource
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from farmem.errors import FarmemError
 from farmem.sizes import format_bytes, parse_size
 
+if TYPE_CHECKING:
+    from farmem.servers import Server
+
 EXTENT_BYTES = 2 << 20
 SCHEMES = {"mem": "memory of this host", "file": "a file on this host's disk"}
+SERVER_SCHEMES = {
+    "tcp": "memory of another host: a farmem serve",
+    "unix": "a farmem serve on this host, by its socket",
+    "nbd": "an NBD server's export",
+    "nbd+unix": "an NBD server on this host, by its socket",
+}
 # More is only used when it was asked for: the ledger of a pool costs address space.
 FILE_BYTES_DEFAULT_MAX = 1 << 40
 # Others need space too: so much of what is free is left alone unless a size was given.
@@ -21,17 +31,20 @@ _LEFT_FREE = 10
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
-    "file:FOLDER, file:PATH, file:SIZE:PATH"
+    "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, unix:///PATH, "
+    "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
 )
 FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 
 
 class Pool(NamedTuple):
-    """A pool that was asked for; a path only for file:, absolute and without links."""
+    """A pool that was asked for; a path only for file:, absolute and without links; of a server's
+    the capacity is 0 until it has been asked."""
 
     url: str
     capacity_bytes: int
     path: str = ""
+    server: "Server | None" = None
 
 
 def host_memory_bytes() -> int:
@@ -50,6 +63,13 @@ def parse_pool(url: str) -> Pool:
         path = _existing_place(url, path)
         wanted_bytes = _free_bytes(path) if size is None else parse_size(size, "pool size")
         return Pool(url, _whole_extents(url, wanted_bytes), path)
+    if colon and scheme in SERVER_SCHEMES:
+        from farmem.servers import parse_server
+
+        server = parse_server(url)
+        if server.size_bytes is not None:
+            server = server._replace(size_bytes=_whole_extents(url, server.size_bytes))
+        return Pool(url, 0, server=server)
     raise FarmemError(f"there is no pool {url!r}", _KNOWN)
 
 
@@ -99,7 +119,11 @@ def _existing_place(url: str, path: str) -> str:
 
 def smaller_pool_hint(pool: Pool) -> str:
     """What to type instead of a pool that is too large."""
+    if pool.server is not None and not pool.server.leases:
+        return "let the server export less"
     smaller = f"file:8G:{pool.path}" if pool.path else "mem:8G"
+    if pool.server is not None:
+        smaller = f"{pool.url.partition('?')[0]}?size=8G"
     return f"ask for a smaller one, as --pool {smaller}"
 
 

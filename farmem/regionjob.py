@@ -89,6 +89,7 @@ def _start(wanted: dict[str, Any]) -> str:
     pidfd = os.pidfd_open(pid)
     job = Job(_request(wanted))
     if os.getppid() != pid:
+        job.pool.discard()
         raise FarmemError("the program that asked for a budget has ended meanwhile")
     # Nobody calls a job off that has no command: its end of the pipe is closed by our own.
     called_off, call_off = os.pipe()

@@ -343,6 +343,7 @@ def supervise(job: Job, launch: Launch) -> NoReturn:
         try:
             os.write(launch.tell_ready, b"x")
             os.close(launch.tell_ready)
+            job.pool.keep(supervisor.say)
             supervisor.run()
             supervisor.finish(was_launched=not os.read(launch.called_off, 1))
             status = 0

@@ -23,7 +23,7 @@ INTERNAL_VARIABLES = ("FARMEM_JOB", "FARMEM_TEST_")
 # Verbs about the configuration are not configured: they must work where it is wrong.
 NOT_CONFIGURED = frozenset({"config", "completion"})
 COMMAND_LINE = "command"
-_EXAMPLES = {"size": "4G", "pool": "mem:8G", "filter": "delay:rtt=10us"}
+_EXAMPLES = {"size": "4G", "pool": "mem:8G", "filter": "delay:rtt=10us", "time": "30s"}
 _KINDS = {
     bool: "true or false",
     int: "a number",
@@ -44,7 +44,7 @@ class Origin(NamedTuple):
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older click
     """A type of option whose text one of our parsers reads; an error says where it is from.
 
-    Its name (`size`, `pool`, `filter`, `path`) decides how it is completed: see words.py.
+    Its name (`size`, `pool`, `filter`, `time`, `path`) decides how it is completed: see words.py.
     """
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:

@@ -20,7 +20,10 @@ from farmem.job import (
     launch,
 )
 from farmem.pools import Pool, parse_pool
-from farmem.sizes import parse_size
+from farmem.sizes import parse_duration, parse_size
+
+POOL_TIMEOUT_LEAST_NS = 100_000_000
+POOL_TIMEOUT_MOST_NS = 86_400_000_000_000
 
 
 def _defects_from(environment: dict[bytes, bytes]) -> int:
@@ -53,6 +56,13 @@ def _parse_budget(text: str) -> int:
     budget_bytes = parse_size(text, "local memory")
     checks.check_budget(budget_bytes)
     return budget_bytes
+
+
+def _parse_pool_timeout(text: str) -> int:
+    timeout_ns = parse_duration(text, "pool timeout")
+    if not POOL_TIMEOUT_LEAST_NS <= timeout_ns <= POOL_TIMEOUT_MOST_NS:
+        raise FarmemError(f"pool timeout {text!r} is not between 100ms and 86400s", "write 30s")
+    return timeout_ns
 
 
 def _parse_stats(path: str) -> str:
@@ -100,7 +110,21 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     show_default=True,
     help="Where pages go. file:FOLDER: an unnamed file in a folder on a disk, gone with the job; "
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
-    "is free there, up to 1T). mem: or mem:SIZE: memory of this host, for trying and testing.",
+    "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
+    "`farmem serve`, by its address or its socket (?size=8G behind it: so much, else what it has "
+    "free, up to this host's memory). nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH: "
+    "the export of any NBD server; all of it is overwritten. "
+    "mem: or mem:SIZE: memory of this host, for trying and testing.",
+)
+@click.option(
+    "--pool-timeout",
+    "pool_timeout_ns",
+    metavar="TIME",
+    type=Parsed("time", _parse_pool_timeout),
+    default="30s",
+    show_default=True,
+    help="How long a pool's server may take to answer. Until then whoever needs a page waits; "
+    "then a page that should have come is lost, and one that should have gone stays.",
 )
 @click.option(
     "--filter",
@@ -133,9 +157,10 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     type=click.UNPROCESSED,
     shell_complete=complete_words,
 )
-def command(
+def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
     budget_bytes: int,
     pool: Pool,
+    pool_timeout_ns: int,
     filters: tuple[Filter, ...],
     stats_path: str,
     quiet: bool,
@@ -168,6 +193,7 @@ def command(
         evict_mode=_evict_mode_from(environment),
         file_io=file_io,
         file_direct=file_direct,
+        pool_timeout_ns=pool_timeout_ns,
     )
     job = Job(request)
     launch(job, path, job.environment(environment, library))

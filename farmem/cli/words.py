@@ -49,11 +49,14 @@ def _pools(incomplete: str) -> list[CompletionItem]:
     """The schemes, and behind them what each takes."""
     scheme, colon, rest = incomplete.partition(":")
     if not colon:
+        ends = dict.fromkeys(pools.SCHEMES, ":") | dict.fromkeys(pools.SERVER_SCHEMES, "://")
         return [
-            CompletionItem(f"{name}:", help=text)
-            for name, text in pools.SCHEMES.items()
+            CompletionItem(f"{name}{ends[name]}", help=text)
+            for name, text in (pools.SCHEMES | pools.SERVER_SCHEMES).items()
             if name.startswith(scheme)
         ]
+    if scheme == "unix" and rest.startswith("//"):
+        return [CompletionItem(f"unix://{item.value}") for item in _files(rest[2:] or "/")]
     if scheme not in pools.SCHEMES:
         return []
     known = _file_pools(rest) if scheme == "file" else [item.value for item in _sizes(rest)]

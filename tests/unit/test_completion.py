@@ -257,14 +257,14 @@ def test_a_wrong_configuration_is_no_matter(folder: Path) -> None:
         env={
             **environment(folder),
             "_FARMEM_COMPLETE": "bash_complete",
-            "COMP_WORDS": "farmem run --po",
+            "COMP_WORDS": "farmem run --no-p",
         },
         capture_output=True,
         text=True,
         cwd=folder,
         check=True,
     )
-    assert (done.stdout, done.stderr) == ("plain,--pool\n", "")
+    assert (done.stdout, done.stderr) == ("plain,--no-pinned-io\n", "")
 
 
 def values(kind: str, incomplete: str) -> list[str]:
@@ -281,7 +281,11 @@ def test_values_make_sense(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert values("pool", "mem:3") == ["mem:3M", "mem:3G", "mem:3T"]
     assert values("pool", "nosuch:") == []
     monkeypatch.setitem(pools.SCHEMES, "file", "a file")
-    assert values("pool", "") == [f"{scheme}:" for scheme in pools.SCHEMES]
+    servers = [f"{scheme}://" for scheme in pools.SERVER_SCHEMES]
+    assert values("pool", "") == [*(f"{scheme}:" for scheme in pools.SCHEMES), *servers]
+    assert values("pool", "nbd") == ["nbd://", "nbd+unix://"]
+    assert values("pool", "tcp://") == []
+    assert values("pool", f"unix://{folder}/o") == [f"unix://{folder}/only-file"]
     assert values("pool", "file:") == ["file:/", "file:./"]
     assert values("pool", "file:./") == ["file:./only-file", "file:./sub/"]
     assert values("pool", "file:4G:./s") == ["file:4G:./sub/"]
@@ -298,3 +302,4 @@ def test_every_pool_that_is_known_is_completed() -> None:
     schemes = set(re.findall(r"\b([a-z]+):(?=[A-Z,]|\s\()", error.value.hint))
     assert "mem" in schemes
     assert schemes <= set(pools.SCHEMES)
+    assert set(re.findall(r"([a-z+]+)://", error.value.hint)) == set(pools.SERVER_SCHEMES)

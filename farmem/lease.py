@@ -1,0 +1,239 @@
+"""A lease of memory on a `farmem serve`: got before the job, renewed while it runs, given back.
+
+The server's control channel is HTTP with JSON.  Every call makes a connection of its own and has
+one deadline for all of it.  The token is a secret: it is in no message, no argument and no
+environment.
+"""
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import pwd
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from farmem.errors import FarmemError
+from farmem.running import printable
+from farmem.servers import Address, Server, connect, seconds_left, why
+
+ANSWER_BYTES_MAX = 1 << 16
+RENEW_SECONDS = 5.0
+RELEASE_SECONDS = 2.0
+FREE_SECONDS = 1.0
+_TEXT_MAX = 200
+_RENEWALS = 3  # in the time that a lease lives
+_SOON_SECONDS = 2.0
+_FREE_AGAIN_SECONDS = 0.1
+_START_HINT = "see that `farmem serve` runs there and listens where you asked"
+
+
+class _Bytes:
+    """What http.client wants of a socket."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+
+class Answer(NamedTuple):
+    """A status and the object that came with it."""
+
+    status: int
+    document: dict[str, Any]
+
+
+class Control:
+    """The control channel of one server."""
+
+    def __init__(self, server: Server, addresses: list[Address]) -> None:
+        self.server = server
+        self.addresses = addresses
+
+    def call(
+        self, method: str, path: str, deadline: float, body: Any = None, token: str = ""
+    ) -> Answer:
+        """Ask; OSError: it can't be reached, or broke off."""
+        data = b"" if body is None else json.dumps(body).encode()
+        host = "localhost" if self.server.path else self.server.name
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+        lines += [f"Authorization: Bearer {token}"] if token else []
+        if body is not None:
+            lines += ["Content-Type: application/json"]
+        if body is not None or method == "POST":
+            lines += [f"Content-Length: {len(data)}"]
+        sock, address = connect(self.addresses, deadline)
+        self.addresses = [address]
+        with sock:
+            sock.settimeout(seconds_left(deadline))
+            sock.sendall("\r\n".join([*lines, "", ""]).encode() + data)
+            return self._understood(_receive(sock, deadline))
+
+    def _understood(self, data: bytes) -> Answer:
+        response = http.client.HTTPResponse(_Bytes(data))  # type: ignore[arg-type]
+        try:
+            response.begin()
+            text = response.read()
+            document = json.loads(text) if text else {}
+        except (http.client.HTTPException, ValueError, RecursionError, OSError) as error:
+            raise FarmemError(
+                f"what answers at {self.server.name} is no farmem server", _START_HINT
+            ) from error
+        return Answer(response.status, document if isinstance(document, dict) else {})
+
+    def asked(self, method: str, path: str, deadline: float, body: Any = None) -> dict[str, Any]:
+        """The answer to something that must be granted."""
+        try:
+            answer = self.call(method, path, deadline, body)
+        except OSError as error:
+            raise unreachable(self.server, error) from error
+        if answer.status // 100 != 2:
+            raise FarmemError(f"{self.server.name}: {_refusal(answer)}", _hint(answer))
+        return answer.document
+
+
+def unreachable(server: Server, error: OSError) -> FarmemError:
+    """A server that does not answer, named."""
+    hint = _START_HINT if server.leases else "see that an NBD server listens there"
+    return FarmemError(f"pool {server.url!r}: {server.name} can't be reached: {why(error)}", hint)
+
+
+def _receive(sock: socket.socket, deadline: float) -> bytes:
+    data = b""
+    while len(data) <= ANSWER_BYTES_MAX:
+        sock.settimeout(seconds_left(deadline))
+        chunk = sock.recv(1 << 16)
+        if not chunk:
+            return data
+        data += chunk
+    raise ConnectionError("its answer is too long")
+
+
+def _text(answer: Answer, key: str) -> str:
+    value = answer.document.get(key)
+    return printable(value[:_TEXT_MAX]) if isinstance(value, str) else ""
+
+
+def _refusal(answer: Answer) -> str:
+    return _text(answer, "error") or f"the server answered with status {answer.status}"
+
+
+def _hint(answer: Answer) -> str:
+    return _text(answer, "hint") or "see what the server says"
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+class Lease:
+    """Memory that was promised, until it is released or no longer renewed."""
+
+    def __init__(self, control: Control, document: dict[str, Any]) -> None:
+        self._control = control
+        self._id, self._token = _word(document, "lease"), _word(document, "token")
+        self.size_bytes = _number(document, "bytes")
+        self._ttl_seconds = _number(document, "ttl_ns") / 1e9
+        self._epoch = document.get("epoch")
+        data = document.get("nbd")
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+        self._ended = threading.Event()
+        self._lost = False
+
+    def keep(self, say: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """Renew it from now on, from a thread; what goes wrong is said once."""
+        threading.Thread(target=self._work, args=(say, lost), daemon=True).start()
+
+    def _work(self, say: Callable[[str], None], lost: Callable[[], None]) -> None:
+        often = self._ttl_seconds / _RENEWALS
+        wait, told, renewed = often, False, time.monotonic()
+        name = self._control.server.name
+        while not self._ended.wait(wait):
+            reason = self._renew()
+            if self._lost:
+                say(f"the lease on {name} has gone ({reason}): pages that are there are lost")
+                lost()
+                return
+            if not reason:
+                if told:
+                    say(f"the lease on {name} was renewed again")
+                wait, told, renewed = self._ttl_seconds / _RENEWALS, False, time.monotonic()
+                continue
+            if not told and time.monotonic() - renewed >= 2 * often:
+                told = True
+                say(f"the lease on {name} can't be renewed: {reason}")
+            wait = min(_SOON_SECONDS, often)
+
+    def _renew(self) -> str:
+        """Nothing, or why it could not be done."""
+        path = f"/v1/leases/{self._id}/renew"
+        deadline = time.monotonic() + RENEW_SECONDS
+        try:
+            answer = self._control.call("POST", path, deadline, token=self._token)
+        except OSError as error:
+            return why(error)
+        except FarmemError as error:
+            return error.what
+        if answer.status == 200:
+            self._lost = answer.document.get("epoch", self._epoch) != self._epoch
+            return "the server was started anew" if self._lost else ""
+        self._lost = answer.status in (401, 403, 404)
+        return _refusal(answer)
+
+    def release(self) -> None:
+        """Give it back; best effort: what is not given back ends by itself."""
+        self._ended.set()
+        if self._lost:
+            return
+        deadline = time.monotonic() + RELEASE_SECONDS
+        with contextlib.suppress(OSError, FarmemError):
+            self._control.call("DELETE", f"/v1/leases/{self._id}", deadline, token=self._token)
+
+
+def _word(document: dict[str, Any], key: str) -> str:
+    value = document.get(key)
+    if not isinstance(value, str) or not (value.isascii() and value.isalnum()):
+        raise FarmemError(f"the server's lease has no {key}", "see that it is a farmem server")
+    return value
+
+
+def _number(document: dict[str, Any], key: str) -> int:
+    value = document.get(key)
+    if type(value) is not int or value <= 0:
+        raise FarmemError(f"the server said no {key}", "see that it is a farmem server")
+    return value
+
+
+def acquire(control: Control, wanted_bytes: int | None, most_bytes: int, deadline: float) -> Lease:
+    """A lease of so many bytes, or of what there is, up to as much as most_bytes."""
+    if wanted_bytes is None:
+        wanted_bytes = _what_there_is(control, most_bytes, deadline)
+    job = f"{socket.gethostname()} {os.getpid()}"
+    request = {"bytes": wanted_bytes, "job": job, "tenant": _user()}
+    return Lease(control, control.asked("POST", "/v1/leases", deadline, request))
+
+
+def _what_there_is(control: Control, most_bytes: int, deadline: float) -> int:
+    """What the server has free, in whole extents.  A job that has just ended, and had it all, gives
+    it back a moment after its command has gone."""
+    patience = time.monotonic() + FREE_SECONDS
+    while True:
+        server = control.asked("GET", "/v1/server", deadline)
+        extent_bytes = _number(server, "extent_bytes")
+        free_bytes = server.get("free_bytes")
+        if type(free_bytes) is int and free_bytes >= extent_bytes:
+            return min(free_bytes, most_bytes) // extent_bytes * extent_bytes
+        if time.monotonic() > patience:
+            raise FarmemError(
+                f"{control.server.name} has no memory free", "name another server, or try later"
+            )
+        time.sleep(_FREE_AGAIN_SECONDS)

@@ -1,0 +1,130 @@
+"""An open pool on another host: what the job needs to know of it, and what keeps it alive.
+
+Within five seconds it is there, or there is an error that names the server.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from farmem import _native
+from farmem.errors import FarmemError
+from farmem.lease import Control, Lease, acquire, unreachable
+from farmem.nbd import ask_export, say_goodbye
+from farmem.pools import EXTENT_BYTES, Pool, host_memory_bytes
+from farmem.servers import NAME_BYTES_MAX, REACH_SECONDS, Address, Server, addresses_of, connect
+from farmem.sizes import format_bytes
+
+ffi, lib = _native.ffi, _native.lib
+
+
+class PoolServer:
+    """A server that was reached, and an export that can be used."""
+
+    is_direct = False
+
+    def __init__(self, pool: Pool) -> None:
+        assert pool.server is not None
+        self._server = pool.server
+        self._lease: Lease | None = None
+        self._export = pool.server.export
+        self._there: Any = None
+        deadline = time.monotonic() + REACH_SECONDS
+        try:
+            self._open(deadline)
+        except OSError as error:
+            self.release()
+            raise unreachable(self._server, error) from error
+        except FarmemError:
+            self.release()
+            raise
+        self.fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # where others have a file
+
+    def _open(self, deadline: float) -> None:
+        server = self._server
+        addresses = addresses_of(server, deadline)
+        most_bytes: int | None = None
+        if server.leases:
+            control = Control(server, addresses)
+            self._lease = acquire(control, server.size_bytes, host_memory_bytes(), deadline)
+            addresses = _data_addresses(server, self._lease, control.addresses, deadline)
+            self._export = _export_of(self._lease)
+            most_bytes = self._lease.size_bytes
+        sock, self._address = connect(addresses, deadline)
+        try:
+            export = ask_export(sock, self._export, f"pool {server.url!r}", deadline)
+        finally:
+            say_goodbye(sock)
+        size_bytes = export.size_bytes if most_bytes is None else most_bytes
+        if export.size_bytes < size_bytes:
+            raise FarmemError(
+                f"pool {server.url!r}: the lease's export is smaller than the lease",
+                "see that the server is of this version of farmem",
+            )
+        self.capacity_bytes = size_bytes // EXTENT_BYTES * EXTENT_BYTES
+        if self.capacity_bytes == 0:
+            raise FarmemError(
+                f"pool {server.url!r} has {format_bytes(size_bytes)}",
+                f"{format_bytes(EXTENT_BYTES)} are the least",
+            )
+
+    def fill(self, control: Any, timeout_ns: int) -> None:
+        """Tell the engine where it is."""
+        self._there = there = control.pool_server
+        address = self._address.packed()
+        there.timeout_ns = timeout_ns
+        there.address_bytes, there.export_bytes = len(address), len(self._export)
+        ffi.memmove(there.address, address, len(address))
+        ffi.memmove(there.export_name, self._export, len(self._export))
+        name = os.fsencode(self._server.name)[:NAME_BYTES_MAX]
+        ffi.memmove(there.name, name, len(name))
+
+    def keep(self, say: Callable[[str], None]) -> None:
+        """The supervisor's: see that the memory stays ours."""
+        if self._lease is not None:
+            self._lease.keep(say, self._is_lost)
+
+    def _is_lost(self) -> None:
+        """The engines need not wait for what does not come."""
+        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, 1)
+
+    def release(self) -> None:
+        """Give the lease back, if there is one."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def discard(self) -> None:
+        """The job has ended, or never began."""
+        self.release()
+
+
+def _export_of(lease: Lease) -> bytes:
+    export = lease.data.get("export")
+    if lease.data.get("tls"):
+        raise FarmemError(
+            "the server wants TLS, which farmem can't do yet", "start it with --tls=off"
+        )
+    if not isinstance(export, str) or not 0 < len(export.encode()) <= lib.FM_POOL_EXPORT_BYTES:
+        raise FarmemError("the server's lease has no export", "see that it is a farmem server")
+    return export.encode()
+
+
+def _data_addresses(
+    server: Server, lease: Lease, control: list[Address], deadline: float
+) -> list[Address]:
+    """Where the bytes go: a socket, another host, or another port of the host that was asked."""
+    path, host, port = (lease.data.get(key) for key in ("unix", "host", "port"))
+    if isinstance(path, str) and path and (server.path or type(port) is not int):
+        return [Address(socket.AF_UNIX, path)]
+    if type(port) is not int or not 0 < port < 1 << 16:
+        raise FarmemError(
+            f"{server.name} said no port for the data", "see that it is a farmem server"
+        )
+    if isinstance(host, str) and host:
+        return addresses_of(server._replace(host=host, port=port, path=""), deadline)
+    if server.path:
+        raise FarmemError(f"{server.name} said no host for the data", "ask it by tcp://")
+    return [address.with_port(port) for address in control]
