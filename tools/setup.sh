@@ -11,7 +11,7 @@ set -euo pipefail
 # Debian package names. Whoever adds a test that needs a program adds it here.
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev nbdkit-plugin-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
-    groff-base bash-completion zsh fish)
+    groff-base bash-completion zsh fish nbdkit qemu-utils)
 # For tools/guest.sh, which boots another kernel.
 GUEST_PACKAGES=(qemu-system-x86 xz-utils)
 # For `farmem serve` (nbdkit) and for tests/pools, which uses it with other people's programs.
