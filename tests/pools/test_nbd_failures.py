@@ -55,6 +55,8 @@ def test_a_server_that_is_killed_is_sigbus(tmp_path: Path) -> None:
         result = job.finish(LIMIT_S)
         assert_lost(result, f"127.0.0.1:{server.port}")
         assert b"does not answer" in result.stderr and b"bytes there" in result.stderr
+        # What has been tried until the deadline is not tried three times.
+        assert result.stats is not None and result.stats["fetch_retries"] == 0
 
 
 def test_who_touches_nothing_lives_on(tmp_path: Path) -> None:
