@@ -34,11 +34,11 @@ static void leave_known(struct fm_core *c, struct fm_block *b)
 
 /* ---- counting ------------------------------------------------------------------------------------ */
 
-/* A resident page that was discarded may have gone; then it holds nothing. */
+/* A resident page that was discarded, or dropped, may have gone; then it holds nothing. */
 static bool has_gone(struct fm_core *c, const struct fm_block *b, uint32_t i)
 {
     uint64_t there;
-    if (!fm_missing_means_zeros(b, i))
+    if (!fm_missing_means_zeros(b, i) && !fm_missing_means_remote(b, i))
         return false;
     c->ops->present(c->ctx, b->page + i, 1, &there);
     return (there & 1) == 0;
@@ -52,10 +52,12 @@ static void tally_page(struct fm_core *c, const struct fm_block *b, uint32_t i, 
         t->fresh++;
         break;
     case FM_RESIDENT:
-        if (has_gone(c, b, i))
-            t->fresh++;
-        else
+        if (!has_gone(c, b, i))
             t->resident++;
+        else if (fm_missing_means_remote(b, i))
+            t->remote++;
+        else
+            t->fresh++;
         break;
     case FM_REMOTE:
         t->remote++;

@@ -24,6 +24,7 @@ void fm_core_init(struct fm_core *c, uint32_t frames)
     for (uint32_t k = 0; k < FM_STREAMS; k++)
         c->stream[k].next = FM_PAGE_NONE;
     c->spare = FM_EXTENT_NONE;
+    c->aside_frame = FM_FRAME_NONE;
     c->failed_stores = 0;
 }
 
@@ -85,8 +86,27 @@ void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     fm_slot_detach(c, b, i);
     fm_state_set(c, b, i, FM_FRESH);
-    b->flags[i] &= (uint16_t)~(FM_ZAPPING | FM_FOUND);
+    b->flags[i] &= (uint16_t)~(FM_ZAPPING | FM_FOUND | FM_LAZY);
     fm_charge(c, -1);
+}
+
+/* A page that the kernel may take may as well have been moved away, which an unread event will tell: then any operation on
+ * its place says so. */
+bool fm_page_missing(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    if ((b->flags[i] & FM_LAZY) != 0 && c->ops->protect(c->ctx, b->page + i, 1, true) != FM_OK)
+        return false;
+    if (fm_missing_means_zeros(b, i)) {
+        fm_page_gone(c, b, i);
+        return true;
+    }
+    if (!fm_missing_means_remote(b, i))
+        return false;
+    fm_assert((b->flags[i] & FM_HASHED) != 0);
+    fm_state_set(c, b, i, FM_REMOTE);
+    b->flags[i] &= (uint16_t)~(FM_ZAPPING | FM_FOUND | FM_LAZY);
+    fm_charge(c, -1);
+    return true;
 }
 
 void fm_flags_cut(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep)
@@ -448,9 +468,8 @@ void fm_core_recount(struct fm_core *c, uint64_t page, uint64_t n)
             fm_lock_take(&b->lock);
             c->ops->present(c->ctx, page, k, bits);
             for (uint32_t j = 0; j < k; j++)
-                if (b->state[i + j] == FM_RESIDENT && fm_missing_means_zeros(b, i + j) &&
-                    (bits[j / 64] >> (j % 64) & 1) == 0)
-                    fm_page_gone(c, b, i + j);
+                if (b->state[i + j] == FM_RESIDENT && (bits[j / 64] >> (j % 64) & 1) == 0)
+                    fm_page_missing(c, b, i + j);
             fm_lock_drop(&b->lock);
         }
         c->ops->leave(c->ctx);

@@ -57,7 +57,9 @@ enum fm_flag_bits {
     FM_PUT_BACK = 1024,   /* became resident while the books were being copied for a fork: the child may not have it */
     FM_FOUND = 256,       /* was there at adoption and has not left since: it may have been freed (MADV_FREE) before
                            * we looked on, so missing means zeros */
-    FM_PINNED = 512       /* the program asked for it: never evict until it says otherwise */
+    FM_PINNED = 512,      /* the program asked for it: never evict until it says otherwise */
+    FM_LAZY = 2048        /* resident, and the kernel was told that it may take it as long as nobody has written to it since
+                           * (drop.c): missing means that it did, so the bytes are those in slot[], or zeros without one */
 };
 
 /* 32 bytes of engine memory for each managed page, rounded up: 16 KiB a block. */
@@ -111,6 +113,11 @@ enum fm_frame_kind {
     FM_FRAME_KINDS
 };
 
+enum fm_drop_step {
+    FM_DROP_BEGUN = 1,     /* about to be freed, or freed just now */
+    FM_DROP_FREED          /* it was freed for certain, and whatever event was raised before that has been applied */
+};
+
 struct fm_frame {
     uint64_t page;         /* owner (FM_LIMBO_BIT possible) or FM_PAGE_NONE: nobody wants the bytes */
     uint32_t slot;         /* held for a transfer: released when it ends, if the page let go of it */
@@ -118,7 +125,7 @@ struct fm_frame {
     uint8_t io;            /* enum fm_io_kind of the transfer under way, or 0 */
     uint8_t copied;        /* filled by the copy path: the program has the page until it is dropped */
     uint8_t dirty;         /* the only copy of the bytes */
-    uint8_t dropping;      /* copied, and our own drop of the page is under way */
+    uint8_t dropping;      /* copied, and our own drop of the page is under way: enum fm_drop_step */
     uint8_t slot_orphan;   /* release slot when the transfer ends */
     uint32_t turn;         /* raised at each staging: old entries of the ring are known by it */
     struct fm_io transfer;
@@ -151,8 +158,15 @@ struct fm_ops {
     bool (*hash)(void *ctx, uint32_t frame, uint64_t hash[2]);
     /* may wait; called outside every lock: */
     bool (*read_page)(void *ctx, uint64_t page, uint32_t frame); /* false: not there */
-    enum fm_res (*drop)(void *ctx, uint64_t page, uint32_t n);   /* not FM_OK: nothing was done, no event raised */
-    void (*unshare)(void *ctx, uint64_t page, uint32_t n);
+    /* The kernel may take these pages from now on, until somebody writes to them.  Returns when every event that was raised
+     * before they were told so has been read.  Not FM_OK: of a single page, nothing was done and no event raised. */
+    enum fm_res (*free_lazily)(void *ctx, uint64_t page, uint32_t n);
+    /* Take what may be taken of them, and is private to this process and not pinned.  Raises no event. */
+    void (*page_out)(void *ctx, uint64_t page, uint32_t n);
+    /* Write to a page without changing it, whatever its protection: the kernel may not take it any more. */
+    enum fm_res (*undo_free)(void *ctx, uint64_t page, uint32_t n);
+    /* ... and end its sharing since a fork.  FM_REFUSED: it is not writable. */
+    enum fm_res (*unshare)(void *ctx, uint64_t page, uint32_t n);
     void (*drop_frames)(void *ctx, uint32_t frame, uint32_t n);
     void (*submit)(void *ctx, struct fm_io *io);                 /* ends in fm_core_io_done() */
     bool (*grant)(void *ctx, uint32_t extent);                   /* space for an extent; false: there is none */
@@ -251,10 +265,15 @@ struct fm_core {
     uint32_t stream_clock;
     struct fm_ranges advised[FM_ADVICES];
 
-    /* evict.c: copied pages whose store is acknowledged and that must now be dropped */
+    /* drop.c: copied pages whose store is acknowledged and that must now be dropped */
     fm_lock drops_lock;
     uint32_t drops[FM_FRAMES_MAX];
     uint32_t drops_n;
+    uint32_t stayed;             /* the evictor's: pages in a row that did not leave though they were dropped */
+    struct fm_range freeing;     /* where it drops just now: changed with the world shared, by the evictor alone */
+    struct fm_ranges astray;     /* where pages from there were moved meanwhile: see undo_astray() */
+    uint64_t aside_page;         /* the evictor itself may wait for this page ... */
+    uint32_t aside_frame;        /* ... and this frame is for it, once; FM_FRAME_NONE: used, or there is none */
 
     uint32_t spare;              /* the evictor's: an extent with its space granted, for the next block that needs one */
     uint32_t failed_stores;      /* in a row: none has succeeded since */
@@ -384,6 +403,8 @@ void fm_page_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
 void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A page that counts as local turned out to be missing, and that means zeros. */
 void fm_page_gone(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* It turned out to be missing: FRESH or REMOTE from now on.  False: it should be there, or an event is still to be read. */
+bool fm_page_missing(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* Of a page's flags only those in keep survive. */
 void fm_flags_cut(struct fm_core *c, struct fm_block *b, uint32_t i, uint16_t keep);
 /* Forget all about a page: its slot, its frame; FRESH.  Flags in keep survive. */
@@ -396,15 +417,26 @@ uint32_t fm_install(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
 void fm_charge(struct fm_core *c, int64_t pages);
 void fm_state_set(struct fm_core *c, struct fm_block *b, uint32_t i, enum fm_state s);
 void fm_unprotect(struct fm_core *c, struct fm_block *b, uint32_t i);
+/* The copy of frame f's page is of no use: the page stays in the program. */
+void fm_copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f);
+/* Is frame f still that of a page on its way out?  If so: inside its block.  An orphan is put back. */
+struct fm_block *fm_enter_leaving(struct fm_core *c, uint32_t f);
 /* Frame f holds the copy of a page that can be had from the pool by now: the evictor drops the page. */
 void fm_drop_later(struct fm_core *c, uint32_t f);
+void fm_run_drops(struct fm_core *c);
+/* Have one of the operations that write to a page of the program's done to it, outside every lock. */
+enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void *ctx, uint64_t page, uint32_t n));
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A run of frames with memory behind them, in hand: free ones, or made, or reclaimed.  How many (0: none now). */
 uint32_t fm_frames_for_fetch(struct fm_core *c, uint32_t want, uint32_t *first);
-/* ... and if such a page is missing otherwise, it's our bug. */
+/* What it means if a page that should be there is missing.  If neither, it's our bug. */
+static inline bool fm_missing_means_remote(const struct fm_block *b, uint32_t i)
+{
+    return (b->flags[i] & FM_LAZY) != 0 && b->slot[i] != FM_SLOT_NONE;
+}
 static inline bool fm_missing_means_zeros(const struct fm_block *b, uint32_t i)
 {
-    return (b->flags[i] & (FM_DISCARDED | FM_FOUND)) != 0;
+    return (b->flags[i] & (FM_DISCARDED | FM_FOUND | FM_LAZY)) != 0 && !fm_missing_means_remote(b, i);
 }
 static inline bool fm_in_limbo(const struct fm_block *b) { return (b->page & FM_LIMBO_BIT) != 0; }
 

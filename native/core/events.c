@@ -46,8 +46,10 @@ void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     b->flags[i] |= fm_defect(c, SKIP_ZAPPING) ? FM_DISCARDED : FM_DISCARDED | FM_ZAPPING;
     b->zap_turn = __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE);
-    if (b->state[i] == FM_RESIDENT)
+    if (b->state[i] == FM_RESIDENT) {
         fm_slot_detach(c, b, i);
+        b->flags[i] &= (uint16_t)~FM_LAZY;
+    }
 }
 
 static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
@@ -71,7 +73,7 @@ static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
         }
         break;
     case FM_LEAVING:
-        if (b->frame[i] != FM_FRAME_NONE && c->frame[b->frame[i]].dropping) {
+        if (b->frame[i] != FM_FRAME_NONE && c->frame[b->frame[i]].dropping != 0) {
             fm_slot_detach(c, b, i);   /* our drop is still to come, so nothing may be put there; its end sees no slot */
             break;
         }
@@ -153,41 +155,34 @@ static void limbo_drop(struct fm_core *c, struct fm_block *b, uint32_t i)
 
 /* ---- a record moves ---------------------------------------------------------------------------- */
 
-/* A page that is being copied out is still the program's, wherever it goes: the copy is given up.  Were it being
- * dropped as well, only a look at the new place tells which was first, the drop or the move. */
-static void settle_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, bool there)
-{
-    if (there)
-        fm_slot_detach(c, b, i);
-    b->frame[i] = FM_FRAME_NONE;
-    b->flags[i] &= (uint16_t)~FM_DROPPING;
-    /* No slot: it was all zeros, or has been discarded meanwhile. */
-    fm_state_set(c, b, i, there ? FM_RESIDENT : b->slot[i] != FM_SLOT_NONE ? FM_REMOTE : FM_FRESH);
-    if (!there)
-        fm_charge(c, -1);
-}
-
-static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i, uint64_t now_at)
+/* A page that is being copied out is still the program's, wherever it goes: the copy is given up.  What a drop under way has
+ * done to it by now:
+ * FM_DROP_FREED: the kernel may take it, or did already.
+ * FM_DROP_BEGUN, and an event was read: either our free has met it, and then undo_astray() takes that back; or the event
+ * was the program's, and it is gone, or about to be.  So if it is missing it was discarded.
+ * Else nothing. */
+static void copy_given_up(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     uint32_t f = b->frame[i];
-    uint64_t there = 1;
     if (b->state[i] != FM_LEAVING || f == FM_FRAME_NONE || !c->frame[f].copied)
         return;
-    bool dropping = c->frame[f].dropping;    /* if not, it is there for certain */
+    bool event = c->frame[f].dropping == FM_DROP_BEGUN && (b->flags[i] & FM_DROPPING) == 0;
+    if (event)
+        b->flags[i] = (uint16_t)((b->flags[i] & ~FM_LAZY) | FM_DISCARDED);
+    if (c->frame[f].dropping == FM_DROP_FREED)
+        b->flags[i] |= FM_LAZY;
+    else if ((b->flags[i] & FM_LAZY) == 0)
+        fm_slot_detach(c, b, i);             /* the slot's bytes may be yet to come */
+    b->flags[i] &= (uint16_t)~FM_DROPPING;
     c->frame[f].page = FM_PAGE_NONE;
-    if (dropping && now_at == FM_PAGE_NONE) {
-        b->frame[i] = FM_FRAME_NONE;         /* LEAVING without a frame, in limbo: settled when it comes out */
-        return;
-    }
-    if (dropping)
-        c->ops->present(c->ctx, now_at, 1, &there);
-    settle_given_up(c, b, i, (there & 1) != 0);
+    b->frame[i] = FM_FRAME_NONE;
+    fm_state_set(c, b, i, FM_RESIDENT);
 }
 
 /* QUEUED belongs to the address, everything else to the page. */
 static void record_move(struct fm_core *c, struct fm_block *from, uint32_t i, struct fm_block *to, uint32_t j)
 {
-    uint16_t moves = FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_PINNED;
+    uint16_t moves = FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_LAZY | FM_PINNED;
     to->state[j] = from->state[i];
     fm_flags_cut(c, to, j, FM_QUEUED);
     to->flags[j] |= from->flags[i] & (moves | FM_MARKER);
@@ -213,7 +208,7 @@ static void into_limbo(struct fm_core *c, uint64_t page)
         return;
     if (b->state[i] != FM_FRESH) {
         struct fm_block *l = limbo_get(c, page);
-        copy_given_up(c, b, i, FM_PAGE_NONE);
+        copy_given_up(c, b, i);
         fm_assert((l->limbo_mask[i / 64] >> (i % 64) & 1) == 0);
         l->limbo_mask[i / 64] |= 1ull << (i % 64);
         l->flags[i] = 0;
@@ -274,7 +269,6 @@ void fm_core_unmapped(struct fm_core *c, uint64_t page, uint64_t n)
 static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
 {
     struct fm_range debt;
-    uint64_t there;
     /* With a debt the event is about the old use of the range, even where that left no record. */
     bool owed = fm_ranges_next(&c->debts, from, from + 1, &debt);
     struct fm_block *b = owed ? limbo_find(c, from) : fm_block_find(c, from);
@@ -283,11 +277,7 @@ static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
         return;
     struct fm_block *d = fm_block_get(c, to);
     fm_assert(d != NULL);                    /* without a record its bytes would be lost: stop */
-    copy_given_up(c, b, i, to);
-    if (b->state[i] == FM_LEAVING && b->frame[i] == FM_FRAME_NONE) {
-        c->ops->present(c->ctx, to, 1, &there);
-        settle_given_up(c, b, i, (there & 1) != 0);
-    }
+    copy_given_up(c, b, i);
     record_move(c, b, i, d, j);
     if (owed)
         limbo_drop(c, b, i);
@@ -295,6 +285,19 @@ static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
         d->flags[j] |= FM_QUEUED;
         fm_queue_push(c, to, 1);
     }
+}
+
+/* A page is moved away from where we drop just now: the drop may have met it, and then it must be undone there. */
+static void note_astray(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
+{
+    struct fm_range piece;
+    if (c->freeing.page < from + n && c->freeing.end > from) {
+        uint64_t first = c->freeing.page > from ? c->freeing.page : from;
+        uint64_t end = c->freeing.end < from + n ? c->freeing.end : from + n;
+        fm_ranges_add(c, &c->astray, first - from + to, end - from + to);
+    }
+    for (uint64_t at = from; at < from + n && fm_ranges_next(&c->astray, at, from + n, &piece); at = piece.end)
+        fm_ranges_add(c, &c->astray, piece.page - from + to, piece.end - from + to);
 }
 
 void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
@@ -309,6 +312,7 @@ void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
             into_limbo(c, p);
         fm_ranges_add(c, &c->debts, old.page, old.end);
     }
+    note_astray(c, from, to, n);
     for (uint64_t k = 0; k < n; k++)
         remap_page(c, from + k, to + k);
     /* The kernel ends the old range with an UNMAP of its own (unless MREMAP_DONTUNMAP keeps it): it stays in the list. */

@@ -3,7 +3,8 @@
  * Runs on the evictor's thread alone, in batches.  The first half moves pages into empty frames, where nobody
  * can write to them any more; the second looks at the bytes and decides: all zeros, the same
  * as in the pool, or to be stored.  Only an acknowledged store lets a frame be used again.
- * The copy path leaves the page write-protected in the program until its store is acknowledged, and drops it then.
+ * The copy path leaves the page write-protected in the program until its store is acknowledged; how it leaves then is
+ * drop.c's business.
  */
 #include <stddef.h>
 
@@ -11,6 +12,7 @@
 #include "fm_assert.h"
 
 #define BATCH_MAX 64u
+#define STAYED_MANY 64u       /* copies of so many pages in a row were for nothing: time for a pause */
 #define FULL_TRIES 64u        /* when the pool is full: how many entries that can't leave are passed over */
 
 /* Frames that hold pages on their way out. */
@@ -38,6 +40,7 @@ static void leaving(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
         struct fm_frame *fr = &c->frame[f + k];
         fm_state_set(c, b, i + k, FM_LEAVING);
         b->flags[i + k] &= (uint16_t)~(copied ? 0 : FM_FOUND);
+        fm_assert(copied || (b->flags[i + k] & FM_LAZY) == 0);
         b->frame[i + k] = f + k;
         fr->page = b->page + i + k;
         fr->copied = copied;
@@ -65,6 +68,9 @@ struct run {
     bool queued;                 /* taken out of the queue, and not asked for by its address */
     bool unshared;               /* the sharing has been ended: what is busy now is pinned */
     uint32_t busy;               /* stopped there: pages to be unshared */
+    uint64_t lazy;               /* the page that was FM_LAZY and was written to, to end that */
+    enum fm_res lazy_res;        /* ... how that went */
+    uint64_t lazy_events;        /* ... and how many events had been applied before */
 };
 
 /* ---- the copy path ------------------------------------------------------------------------- */
@@ -96,14 +102,13 @@ static enum fm_res copy_begin(struct fm_core *c, struct fm_block *b, uint32_t i,
 }
 
 /* The copy of frame f's page is of no use: the page stays in the program. */
-static void copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
+void fm_copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f)
 {
     uint64_t there;
     b->frame[i] = FM_FRAME_NONE;
     fm_frames_put(c, f, 1, FM_FRAME_FREE);
     c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) == 0 && fm_missing_means_zeros(b, i)) {
-        fm_page_gone(c, b, i);
+    if ((there & 1) == 0 && fm_page_missing(c, b, i)) {
         b->flags[i] &= (uint16_t)~FM_WAITING;
         c->ops->wake(c->ctx, b->page + i, 1);
         return;
@@ -113,7 +118,7 @@ static void copy_undo(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_
 }
 
 /* Is frame f still that of a page on its way out?  If so: inside its block.  An orphan is put back. */
-static struct fm_block *enter_leaving(struct fm_core *c, uint32_t f)
+struct fm_block *fm_enter_leaving(struct fm_core *c, uint32_t f)
 {
     c->ops->enter(c->ctx);
     struct fm_block *b = fm_block_of_owner(c, c->frame[f].page);
@@ -133,9 +138,9 @@ static bool copy_read(struct fm_core *c, uint32_t f)
     uint64_t owner = __atomic_load_n(&c->frame[f].page, __ATOMIC_RELAXED);
     if (owner != FM_PAGE_NONE && (owner & FM_LIMBO_BIT) == 0 && c->ops->read_page(c->ctx, owner, f))
         return true;
-    struct fm_block *b = enter_leaving(c, f);
+    struct fm_block *b = fm_enter_leaving(c, f);
     if (b != NULL) {
-        copy_undo(c, b, (uint32_t)(c->frame[f].page - b->page), f);
+        fm_copy_undo(c, b, (uint32_t)(c->frame[f].page - b->page), f);
         fm_block_leave(c, b);
     }
     return false;
@@ -150,10 +155,8 @@ static void stays(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     uint64_t there;
     c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) != 0)
+    if ((there & 1) != 0 || (!fm_page_missing(c, b, i) && (b->flags[i] & FM_LAZY) != 0))
         to_the_back(c, b, i);
-    else if (fm_missing_means_zeros(b, i))
-        fm_page_gone(c, b, i);
 }
 
 /* MOVE refused b[i]. */
@@ -185,12 +188,64 @@ static enum step refused(struct fm_core *c, struct fm_block *b, uint32_t i, enum
     return STEP_OK;
 }
 
+static bool is_lazy(const struct fm_core *c, const struct fm_block *b, uint32_t i)
+{
+    return evictable(c, b, i) && (b->flags[i] & FM_LAZY) != 0;
+}
+
+static uint64_t events_applied(const struct fm_core *c)
+{
+    const struct fm_counters *n = c->count;
+    return __atomic_load_n(&n->events_remove, __ATOMIC_RELAXED) + __atomic_load_n(&n->events_unmap, __ATOMIC_RELAXED) +
+           __atomic_load_n(&n->events_remap, __ATOMIC_RELAXED);
+}
+
+/* The first page of run is through, one way or another. */
+static void pass(struct fm_block *b, struct run *run)
+{
+    b->flags[run->page - b->page] &= (uint16_t)~(run->queued ? FM_QUEUED : 0);
+    run->page++;
+    run->n--;
+}
+
+/* The kernel may take the first page of run (FM_LAZY).  Moved out so it could go from the frame, before a byte of it was
+ * seen.  So it is written to first, outside the lock, and is an ordinary page from then on: certainly so only if no event
+ * was applied meanwhile, and none is unread.  *copy: it is to be copied, whatever the others are.  STEP_FULL: passed by. */
+static enum step lazy_settled(struct fm_core *c, struct fm_block *b, struct run *run, bool *copy)
+{
+    uint32_t i = (uint32_t)(run->page - b->page);
+    uint64_t there;
+    c->ops->present(c->ctx, run->page, 1, &there);
+    if ((there & 1) == 0) {
+        pass(b, run);
+        stays(c, b, i);
+        return STEP_FULL;
+    }
+    if (run->lazy != run->page) {
+        run->lazy = run->page;
+        run->busy = 1;
+        return STEP_FULL;
+    }
+    run->lazy = FM_PAGE_NONE;
+    if (run->lazy_res == FM_OK && events_applied(c) == run->lazy_events) {
+        enum fm_res r = c->ops->protect(c->ctx, run->page, 1, false);
+        b->flags[i] &= (uint16_t)~(r == FM_OK ? FM_LAZY : 0);
+        return r == FM_AGAIN ? STEP_RETRY : STEP_OK;
+    }
+    /* What can't be written to can't be moved either.  As to the rest: something changes just now. */
+    *copy = copying(c) || run->lazy_res == FM_REFUSED;
+    if (*copy)
+        return STEP_OK;
+    pass(b, run);
+    to_the_back(c, b, i);
+    return STEP_FULL;
+}
+
 /* Move what can be moved of run (which lies in b) until its frames are used up or it ends; run is shortened
  * from the front by what was dealt with. */
 static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run, struct batch *batch)
 {
     enum step s = STEP_OK;
-    bool copy = copying(c);
     while (run->n > 0 && s == STEP_OK && run->busy == 0) {
         uint32_t i = (uint32_t)(run->page - b->page), n = 0, done = 0;
         enum fm_res r = FM_REFUSED;
@@ -198,7 +253,16 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
             return STEP_FRAMES;
         if (evictable(c, b, i) && !fm_slot_grant(c, b, i))
             return STEP_FULL;
-        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(c, b, i + n) && fm_slot_grant(c, b, i + n))
+        bool copy = copying(c);
+        if (is_lazy(c, b, i)) {
+            enum step settled = lazy_settled(c, b, run, &copy);
+            if (settled == STEP_RETRY)
+                return STEP_RETRY;
+            if (settled == STEP_FULL)
+                continue;
+        }
+        while (n < run->n && n < run->frames && batch->n + n < BATCH_MAX && evictable(c, b, i + n) && !is_lazy(c, b, i + n) &&
+               fm_slot_grant(c, b, i + n))
             n++;
         if (n == 0 && evictable(c, b, i) && !copy)
             return STEP_FRAMES;
@@ -237,6 +301,22 @@ static enum step move_run(struct fm_core *c, struct fm_block *b, struct run *run
     return s;
 }
 
+static void unshare(struct fm_core *c, struct run *run)
+{
+    if (run->lazy == run->page) {
+        run->lazy_events = events_applied(c);
+        run->lazy_res = fm_write_to(c, run->page, c->ops->unshare);
+    } else {
+        /* Making a page private can fault on one that was just discarded: zeros must be had then. */
+        __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+        c->ops->unshare(c->ctx, run->page, run->busy);
+        __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
+        fm_add(c->count->pages_unshared, run->busy);
+        run->unshared = true;
+    }
+    run->busy = 0;
+}
+
 /* One entry of the queue, or a run that was asked for.  What is left of an entry goes back to the queue's head. */
 static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *batch)
 {
@@ -244,13 +324,7 @@ static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *b
     uint32_t before = batch->n;
     while (run->n > 0 && s == STEP_OK) {
         if (run->busy != 0) {
-            /* Making a page private can fault on one that was just discarded: zeros must be had then. */
-            __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
-            c->ops->unshare(c->ctx, run->page, run->busy);
-            __atomic_sub_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
-            fm_add(c->count->pages_unshared, run->busy);
-            run->unshared = true;
-            run->busy = 0;
+            unshare(c, run);
         }
         if (run->frames == 0 && !copying(c))
             run->frames = fm_frames_take(c, FM_FRAME_EMPTY, run->n, &run->first);
@@ -280,14 +354,6 @@ static enum step evict_entry(struct fm_core *c, struct run *run, struct batch *b
 }
 
 /* ---- the second half: what becomes of the bytes ---------------------------------------------- */
-
-void fm_drop_later(struct fm_core *c, uint32_t f)
-{
-    fm_lock_take(&c->drops_lock);
-    fm_assert(c->drops_n < FM_FRAMES_MAX);
-    c->drops[c->drops_n++] = f;
-    fm_lock_drop(&c->drops_lock);
-}
 
 /* The bytes can be had without frame f (clean, or zeros). */
 static void decided(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t f, bool zero)
@@ -321,7 +387,7 @@ static void no_slot(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
 {
     enum fm_res r;
     if (c->frame[f].copied) {
-        copy_undo(c, b, i, f);
+        fm_copy_undo(c, b, i, f);
         return;
     }
     fm_state_set(c, b, i, FM_STAGED);      /* dirty: fm_core_evict() puts it back if this fails */
@@ -333,7 +399,7 @@ static void no_slot(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t 
 static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
 {
     struct fm_frame *fr = &c->frame[f];
-    struct fm_block *b = enter_leaving(c, f);
+    struct fm_block *b = fm_enter_leaving(c, f);
     if (b == NULL)
         return false;
     uint32_t i = (uint32_t)(fr->page - b->page);
@@ -355,7 +421,8 @@ static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
         if (b->slot[i] == FM_SLOT_NONE) {
             no_slot(c, b, i, f);
         } else {
-            b->flags[i] &= (uint16_t)~FM_HASHED;
+            /* Changed since it was stored last, so it is dirty, and the kernel can't take it. */
+            b->flags[i] &= (uint16_t)~(FM_HASHED | FM_LAZY);
             b->hash[i][0] = h[0];
             b->hash[i][1] = h[1];
             fr->slot = b->slot[i];
@@ -396,77 +463,6 @@ static void finish(struct fm_core *c, struct batch *batch)
     }
     store_runs(c, store, n);
     batch->n = 0;
-}
-
-/* ---- the copy path's end: drop what is safely stored ----------------------------------------- */
-
-/* Mark the page of frame f as being dropped by us; false: it is not to be dropped any more. */
-static bool drop_begin(struct fm_core *c, uint32_t f, uint64_t *page)
-{
-    struct fm_block *b = enter_leaving(c, f);
-    if (b == NULL)
-        return false;
-    bool ok = !fm_in_limbo(b);
-    *page = c->frame[f].page;
-    b->flags[*page % FM_BLOCK_PAGES] |= ok ? FM_DROPPING : 0;
-    c->frame[f].dropping = ok;
-    fm_block_leave(c, b);
-    return ok;
-}
-
-/* False: it was not dropped and yet is not there, so an event must be read first (it was moved, most likely). */
-static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
-{
-    uint64_t there = 0;
-    struct fm_block *b = enter_leaving(c, f);
-    if (b == NULL)
-        return true;
-    c->frame[f].dropping = 0;            /* not before: a REMAP that is applied until then must know */
-    uint32_t i = (uint32_t)(c->frame[f].page - b->page);
-    bool event = (b->flags[i] & FM_DROPPING) == 0;
-    b->flags[i] &= (uint16_t)~FM_DROPPING;
-    if (r != FM_OK)
-        c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) != 0) {
-        b->flags[i] |= FM_KEEP;              /* locked, most likely: leave it be */
-        copy_undo(c, b, i, f);
-        if (event)
-            fm_page_discarded(c, b, i);      /* it may have been the program's after all */
-    } else if (r != FM_OK && !event) {
-        fm_drop_later(c, f);
-    } else {
-        if (r != FM_OK)
-            fm_slot_detach(c, b, i);         /* not ours, so the event was the program's, and so was the zap */
-        b->frame[i] = FM_FRAME_NONE;
-        fm_frames_put(c, f, 1, FM_FRAME_FREE);
-        /* No slot: all zeros, or discarded by the program while we were at it. */
-        fm_state_set(c, b, i, b->slot[i] != FM_SLOT_NONE ? FM_REMOTE : FM_FRESH);
-        fm_charge(c, -1);
-        if ((b->flags[i] & FM_WAITING) != 0)
-            c->ops->wake(c->ctx, b->page + i, 1);
-        b->flags[i] &= (uint16_t)~(FM_WAITING | FM_FOUND);
-    }
-    fm_block_leave(c, b);
-    return r == FM_OK || (there & 1) != 0 || event;
-}
-
-static void run_drops(struct fm_core *c)
-{
-    uint32_t frame[BATCH_MAX];
-    uint64_t page;
-    for (bool all = true; all;) {
-        uint32_t n = 0;
-        fm_lock_take(&c->drops_lock);
-        while (n < BATCH_MAX && c->drops_n > 0)
-            frame[n++] = c->drops[--c->drops_n];
-        fm_lock_drop(&c->drops_lock);
-        if (n == 0)
-            return;
-        /* One by one: of a run that failed half-way nobody could say which pages are gone by whose doing. */
-        for (uint32_t k = 0; k < n; k++)
-            if (drop_begin(c, frame[k], &page))
-                all = drop_end(c, frame[k], c->ops->drop(c->ctx, page, 1)) && all;
-    }
 }
 
 /* Only a hint, without a lock: the caller looks again inside the block. */
@@ -525,15 +521,16 @@ static enum fm_evict_result outcome(enum step s, bool some, bool full)
 enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
 {
     struct batch batch = { .n = 0 };
-    struct run run = { .queued = true };
+    struct run run = { .queued = true, .lazy = FM_PAGE_NONE };
     enum step s = STEP_OK;
     uint64_t tries = fm_queue_entries(c) + 1, out = 0;
     uint32_t full = 0;
     put_back_dirty(c);
-    run_drops(c);
+    fm_run_drops(c);
     while (out + batch.n < n && s == STEP_OK && tries-- > 0 && fm_queue_pop(c, &run.page, &run.n)) {
         run.unshared = false;
         run.busy = 0;
+        run.lazy = FM_PAGE_NONE;
         s = evict_entry(c, &run, &batch);
         if (s == STEP_FULL && full < FULL_TRIES) {
             pool_full(c, &run, &full);
@@ -544,14 +541,14 @@ enum fm_evict_result fm_core_evict(struct fm_core *c, uint32_t n)
             continue;
         out += had;
         finish(c, &batch);
-        run_drops(c);
+        fm_run_drops(c);
         if (s == STEP_FRAMES && had > 0 && more_frames(c))
             s = STEP_OK;
     }
     out += batch.n;
     finish(c, &batch);
-    run_drops(c);
-    return outcome(s, out > 0, full > 0);
+    fm_run_drops(c);
+    return outcome(s, out > 0 && c->stayed < STAYED_MANY, full > 0);
 }
 
 enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint32_t n, uint32_t *done)
@@ -560,12 +557,12 @@ enum fm_evict_result fm_core_evict_range(struct fm_core *c, uint64_t page, uint3
     n = n < left ? n : left;
     n = n < BATCH_MAX ? n : BATCH_MAX;
     struct batch batch = { .n = 0 };
-    struct run run = { .page = page, .n = n };
+    struct run run = { .page = page, .n = n, .lazy = FM_PAGE_NONE };
     enum step s = evict_entry(c, &run, &batch);
     if (s == STEP_FULL && fm_spare_ready(c, run.page))
         s = evict_entry(c, &run, &batch);
     *done = n - run.n;
     finish(c, &batch);
-    run_drops(c);
+    fm_run_drops(c);
     return outcome(s, *done > 0, s == STEP_FULL);
 }

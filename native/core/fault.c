@@ -142,7 +142,7 @@ static enum fm_fault_result fault_remote(struct fm_core *c, struct fm_block *b, 
 }
 
 /* Marked resident.  A thread may have been overtaken by another that resolved the same fault (and then the page is
- * there); a page that was discarded has gone (see look()); anything else must be explained by an event that is
+ * there); a page that was discarded, or dropped, has gone (see look()); anything else must be explained by an event that is
  * still to be read, or is our bug. */
 static enum fm_fault_result fault_resident(struct fm_core *c, struct fm_block *b, uint32_t i, uint32_t bits)
 {
@@ -242,12 +242,10 @@ static enum fm_fault_result look(struct fm_core *c, struct fm_block *b, uint32_t
         if ((bits & FM_FAULT_PROTECTED) == 0) {
             uint64_t there;      /* looked at once: a discarded page can go between two looks */
             c->ops->present(c->ctx, b->page + i, 1, &there);
-            if ((there & 1) == 0 && fm_missing_means_zeros(b, i)) {
-                fm_page_gone(c, b, i);
-                return fault_fresh(c, b, i, bits, want, h, took);
-            }
+            if ((there & 1) == 0 && fm_page_missing(c, b, i))
+                return look(c, b, i, bits, want, h, took, io, marker);     /* FRESH or REMOTE */
             if ((there & 1) == 0)
-                return fault_missing(c, b, i);
+                return (b->flags[i] & FM_LAZY) != 0 ? FM_FAULT_RETRY : fault_missing(c, b, i);
             if ((bits & FM_FAULT_AHEAD) != 0)
                 return FM_FAULT_HERE;
         }
@@ -297,6 +295,17 @@ static enum fm_fault_result fault_without_record(struct fm_core *c, uint64_t pag
     return r == FM_AGAIN ? FM_FAULT_RETRY : FM_FAULT_DONE;
 }
 
+/* The evictor waits for this page itself, and nobody else makes room: see fm_write_to(). */
+static bool frame_aside(struct fm_core *c, uint64_t page, struct hand *h)
+{
+    if (__atomic_load_n(&c->aside_frame, __ATOMIC_ACQUIRE) == FM_FRAME_NONE ||
+        __atomic_load_n(&c->aside_page, __ATOMIC_RELAXED) != page)
+        return false;
+    h->first = __atomic_exchange_n(&c->aside_frame, FM_FRAME_NONE, __ATOMIC_ACQ_REL);
+    h->n = h->first != FM_FRAME_NONE;
+    return h->n > 0;
+}
+
 /* Resolve page, whose record is b, with up to want pages from it on. */
 static enum fm_fault_result resolve(struct fm_core *c, struct fm_block *b, uint64_t page, uint32_t bits, uint32_t want,
                                     uint32_t *took, bool *marker)
@@ -321,6 +330,10 @@ again:
     put_hand(c, &h);
     if (r == FM_FAULT_NO_FRAME && !asked) {
         asked = true;                        /* the page changed after the guess: nobody has looked for a frame yet */
+        goto again;
+    }
+    if (r == FM_FAULT_NO_FRAME && frame_aside(c, page, &h)) {
+        asked = false;
         goto again;
     }
     if (io != NULL)

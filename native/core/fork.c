@@ -14,7 +14,7 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
 {
     bool in_pool = b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0;
     bool put_back = (b->flags[i] & FM_PUT_BACK) != 0;
-    b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_PINNED;
+    b->flags[i] &= FM_DISCARDED | FM_FOUND | FM_HASHED | FM_KEEP | FM_LAZY | FM_PINNED;
     b->frame[i] = FM_FRAME_NONE;
     switch ((enum fm_state)b->state[i]) {
     case FM_LEAVING:
@@ -46,6 +46,8 @@ static void settle_page(struct fm_core *c, struct fm_block *b, uint32_t i, uint6
     default:
         break;
     }
+    if (b->state[i] != FM_RESIDENT)
+        b->flags[i] &= (uint16_t)~FM_LAZY;
 }
 
 static void settle_block(struct fm_core *c, struct fm_block *b)
@@ -87,7 +89,7 @@ void fm_core_forked(struct fm_core *c)
     c->copying = false;
     c->blocks_lock = c->frames_lock = c->queue_lock = c->streams_lock = c->drops_lock = free_lock;
     c->queue_head = c->queue_tail = 0;
-    c->drops_n = 0;
+    c->drops_n = c->stayed = 0;
     c->staged_head = c->staged_tail = 0;
     c->local_pages = c->remote_pages = 0;
     c->overdraft = 0;

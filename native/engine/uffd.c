@@ -14,6 +14,9 @@
 #include "engine/hash.h"
 #include "fm_assert.h"
 
+#define CHANGING_LOOKS 20u
+#define CHANGING_NS 20000
+
 enum fm_res fm_uffd_meaning(long err)
 {
     switch (-err) {
@@ -218,12 +221,12 @@ static bool op_read_page(void *ctx, uint64_t page, uint32_t frame)
 
 /* What we drop ourselves raises events like anybody's.  An evictor that empties staging raises one after the other, and
  * whoever needs a moment without any would never have it. */
-static long drop(uint64_t at, uint64_t bytes)
+static long drop(uint64_t at, uint64_t bytes, int advice)
 {
     while (__atomic_load_n(&fm.looking, __ATOMIC_ACQUIRE) != 0)
         fm_futex_wait(&fm.looking, 1, 1000000);
     fm_lock_take(&fm.own_events);
-    long r = fm_sys(SYS_madvise, at, bytes, MADV_DONTNEED);
+    long r = fm_sys(SYS_madvise, at, bytes, advice);
     fm_lock_drop(&fm.own_events);
     return r;
 }
@@ -241,22 +244,46 @@ void fm_uffd_quiet_end(void)
     fm_futex_wake(&fm.looking, 1);
 }
 
-static enum fm_res op_drop(void *ctx, uint64_t page, uint32_t n)
+/* An event that is unread may say that the address was another page's by the time of the call. */
+static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
 {
+    int advice = (fm.control->defects & FM_DEFECT_DROP_BY_ADDRESS) != 0 ? MADV_DONTNEED : MADV_FREE;
     (void)ctx;
-    return drop(addr(page), addr(n)) == 0 ? FM_OK : FM_FAIL;
+    long r = drop(addr(page), addr(n), advice);
+    for (uint32_t looks = 0; fm_uffd_changing(); looks++)
+        if (looks >= CHANGING_LOOKS)
+            fm_sleep_ns(CHANGING_NS);
+    return r == 0 ? FM_OK : FM_FAIL;
 }
 
-static void op_unshare(void *ctx, uint64_t page, uint32_t n)
+static void op_page_out(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
-    fm_sys(SYS_madvise, addr(page), addr(n), FM_MADV_POPULATE_WRITE);
+    fm_sys(SYS_madvise, addr(page), addr(n), FM_MADV_PAGEOUT);
+}
+
+static enum fm_res op_unshare(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    return fm_uffd_meaning(fm_sys(SYS_madvise, addr(page), addr(n), FM_MADV_POPULATE_WRITE));
+}
+
+/* What is not writable is written to past its protection: the byte that is there, which nobody can change unless he
+ * makes the page writable between the two calls. */
+static enum fm_res op_undo_free(void *ctx, uint64_t page, uint32_t n)
+{
+    char byte;
+    enum fm_res r = op_unshare(ctx, page, n);
+    for (uint32_t k = 0; k < n && r == FM_REFUSED; k++)
+        if (fm_sys(SYS_pread64, fm.mem, &byte, 1, addr(page + k)) == 1)
+            fm_sys(SYS_pwrite64, fm.mem, &byte, 1, addr(page + k));
+    return r;
 }
 
 static void op_drop_frames(void *ctx, uint32_t frame, uint32_t n)
 {
     (void)ctx;
-    drop(frame_addr(frame), addr(n));
+    drop(frame_addr(frame), addr(n), MADV_DONTNEED);
 }
 
 static void op_submit(void *ctx, struct fm_io *io)
@@ -336,7 +363,9 @@ const struct fm_ops fm_engine_ops = {
     .clear = op_clear,
     .hash = op_hash,
     .read_page = op_read_page,
-    .drop = op_drop,
+    .free_lazily = op_free_lazily,
+    .page_out = op_page_out,
+    .undo_free = op_undo_free,
     .unshare = op_unshare,
     .drop_frames = op_drop_frames,
     .submit = op_submit,

@@ -46,6 +46,7 @@ struct fm_pm_scan_arg {
 #define FM_PAGE_IS_PRESENT (1ull << 3)
 #define FM_PAGE_IS_SWAPPED (1ull << 4)
 
+#define FM_MADV_PAGEOUT 21
 #define FM_MADV_POPULATE_WRITE 23
 
 #endif

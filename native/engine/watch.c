@@ -151,7 +151,7 @@ bool fm_descriptors_open(void)
     fm.statm = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/statm", O_RDONLY | O_CLOEXEC);
     fm.maps = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/maps", O_RDONLY | O_CLOEXEC);
     fm.pagemap = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    fm.mem = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/mem", O_RDONLY | O_CLOEXEC);
+    fm.mem = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/mem", O_RDWR | O_CLOEXEC);
     fm.rollup = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/smaps_rollup", O_RDONLY | O_CLOEXEC);
     fm.tasks = (int)fm_sys(SYS_openat, AT_FDCWD, "/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     return fm.statm >= 0 && fm.maps >= 0 && fm.pagemap >= 0 && fm.mem >= 0 && fm.tasks >= 0;

@@ -142,7 +142,8 @@ enum fm_defect {
     FM_DEFECT_NO_HASH_CHECK = 16384,      /* fetched bytes are not verified */
     FM_DEFECT_SKIP_ZAPPING = 32768,       /* a discarded page may be evicted before the kernel has zapped it */
     FM_DEFECT_SKIP_LIMBO = 65536,         /* a mapping moved onto one that is still in the books replaces it */
-    FM_DEFECT_BELIEVE_MOVE = 131072       /* what UFFDIO_MOVE says it did is not confirmed */
+    FM_DEFECT_BELIEVE_MOVE = 131072,      /* what UFFDIO_MOVE says it did is not confirmed */
+    FM_DEFECT_DROP_BY_ADDRESS = 262144    /* the copy path drops whatever is at the page's address */
 };
 
 /* Where a pool elsewhere is: looked up and asked before the program starts. */

@@ -15,6 +15,7 @@ _Noreturn void fm_end_program(void) { _exit(status_when_ended); }
 void *fm_heap_take(uint64_t bytes) { return calloc(1, bytes); }
 void fm_heap_give(void *p, uint64_t bytes) { (void)bytes, free(p); }
 void fm_evictor_ring(void) {}
+void fm_sleep_ns(uint64_t ns) { usleep((useconds_t)(ns / 1000)); }
 bool fm_region_called(void) { return false; }
 bool fm_front_thread_later(uint64_t page) { (void)page; return false; }
 uint64_t fm_now_ns(void)

@@ -24,6 +24,7 @@ static const struct named defects[] = {
     { "ignore_remap", FM_DEFECT_IGNORE_REMAP, 0 },
     { "reuse_shared_frames", FM_DEFECT_REUSE_SHARED_FRAMES, 0 },
     { "drop_unread", FM_DEFECT_DROP_UNREAD, 0 },
+    { "drop_by_address", FM_DEFECT_DROP_BY_ADDRESS, 0 },
     { "skip_store", FM_DEFECT_SKIP_STORE, 0 },
     { "no_hash_check", FM_DEFECT_NO_HASH_CHECK, 0 },
     { "skip_zapping", FM_DEFECT_SKIP_ZAPPING, 0 },

@@ -52,6 +52,7 @@ struct phys {
     uint32_t refs;
     uint8_t pins, held;
     bool lazy;                    /* MADV_FREE: the kernel may take it until it is rewritten */
+    uint8_t astray;               /* ... but does not yet: see free_page() */
 };
 
 enum prot { PROT_RW, PROT_RO, PROT_NO, PROT_RX };
@@ -68,6 +69,8 @@ struct truth {
     bool window, wrote;           /* a discard is under way, and the page was written meanwhile */
 };
 
+enum { ASTRAY_NOW = 1, ASTRAY_FOR_GOOD };
+
 struct pte {
     uint32_t phys;
     uint32_t map;                 /* which mapping; 0: none */
@@ -77,7 +80,6 @@ struct pte {
     uint8_t pend;                 /* operations that ended an old use, and whose event was not read yet */
     uint8_t hole;                 /* a wide munmap() covered it while nothing was there; its event was not read yet */
     uint8_t users;                /* threads that access it right now */
-    uint8_t dropping;             /* the engine's own drop */
     struct truth truth;
 };
 
@@ -150,6 +152,7 @@ struct sim {
     uint32_t phys_free[PHYS_MAX], phys_free_n;
     uint32_t frame[SIM_FRAMES];   /* the phys behind it */
     uint32_t frames_n;
+    uint32_t astray_n;            /* pages that the drop under way has met, and should not have */
     int32_t changing;
     struct event *events[EVENTS_MAX];
     uint32_t events_n;
@@ -203,6 +206,7 @@ void phys_engine_writes(uint32_t phys, uint64_t version);
 void kernel_wake(uint64_t page, uint64_t n);
 void kernel_fault(uint64_t page, uint32_t bits);         /* the current coroutine blocks until it is woken */
 void kernel_zap(struct pte *p);
+void kernel_page_out(uint64_t page);                     /* takes it if it is clean, and nobody holds it */
 bool kernel_make_writable(uint64_t page);                /* false: it is poisoned */
 void kernel_event(enum event_kind kind, uint64_t page, uint64_t to, uint64_t n);  /* queue it, wait until it was read */
 bool same_vma(uint64_t a, uint64_t b);
@@ -214,6 +218,7 @@ void core_in(void);       /* around each call into the core */
 void core_out(void);
 void bad_note(uint64_t version, bool good);
 uint32_t bad_count(uint64_t version);
+void sim_free_ends(void);                                /* the last drop has ended: what it left lazy the kernel may take */
 
 /* ---- sim_engine.c */
 void engine_start(void);

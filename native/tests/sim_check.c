@@ -47,10 +47,10 @@ static void check_presence(const struct fm_block *b, uint32_t i)
 {
     uint64_t page = b->page + i;
     bool calm = S.changing == 0 && S.events_n == 0 && !fm_in_limbo(b);
-    if (!calm || !in_space(page) || pte_of(page)->dropping > 0)
+    if (!calm || !in_space(page))
         return;
     const struct pte *p = pte_of(page);
-    bool there = p->phys != PHYS_NONE, thrown = fm_missing_means_zeros(b, i);
+    bool there = p->phys != PHYS_NONE, thrown = fm_missing_means_zeros(b, i) || fm_missing_means_remote(b, i);
     uint8_t s = b->state[i];
     sim_expect(s == FM_FRESH || (p->map != 0 && p->registered), "page %u has state %u and is not managed",
                (uint32_t)(page - AS_BASE), s);
@@ -71,6 +71,11 @@ static void check_page(const struct fm_block *b, uint32_t i, struct tally *t)
     sim_expect(f == FM_FRAME_NONE || S.core->frame[f].page == b->page + i, "page %u: its frame belongs to another", i);
     bool holds = s == FM_LEAVING || s == FM_STAGED || s == FM_ARRIVING;
     sim_expect(holds == (f != FM_FRAME_NONE) || (fm_in_limbo(b) && s == FM_LEAVING), "page %u: state %u, frame %u", i, s, f);
+    if ((b->flags[i] & FM_LAZY) != 0) {
+        sim_expect(s == FM_RESIDENT || s == FM_LEAVING, "page %u has state %u and is lazy", i, s);
+        sim_expect(b->slot[i] == FM_SLOT_NONE || (b->flags[i] & FM_HASHED) != 0, "page %u is lazy, and its slot is not filled",
+                   i);
+    }
     t->remote += s == FM_REMOTE;
     t->pinned += (b->flags[i] & FM_PINNED) != 0;
     t->local += s == FM_RESIDENT || (s == FM_LEAVING && (copied || f == FM_FRAME_NONE));

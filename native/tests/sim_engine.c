@@ -239,6 +239,7 @@ static void evictor(uint32_t id)
         core_in();
         if (!S.freeze)
             evict_step();
+        sim_free_ends();
         core_out();
         sim_yield();
     }
@@ -364,15 +365,21 @@ static void adopter(uint32_t id)
 
 /* ---- chance: the kernel takes freed pages, devices write, the budget changes */
 
+/* Within the microseconds of a free the kernel takes nothing of it: see free_page(). */
+static bool about_to_be_freed(const struct pte *p)
+{
+    uint64_t page = AS_BASE + (uint64_t)(p - S.pte);
+    const struct fm_block *b = fm_block_find(S.core, page);
+    uint32_t f = b != NULL ? b->frame[page % FM_BLOCK_PAGES] : FM_FRAME_NONE;
+    return f != FM_FRAME_NONE && S.core->frame[f].dropping == FM_DROP_BEGUN;
+}
+
 static void kernel_takes(void)
 {
     struct pte *p = pte_of(program_page());
     uint32_t f = (uint32_t)sim_rnd(S.frames_n);
-    if (p->phys != PHYS_NONE && p->phys != PHYS_ZERO && S.phys[p->phys].lazy && S.phys[p->phys].held == 0) {
-        sim_trace("taken", AS_BASE + (uint64_t)(p - S.pte), 1, 0);
-        phys_put(p->phys);
-        p->phys = PHYS_NONE;
-    }
+    if (p->phys != PHYS_NONE && p->phys != PHYS_ZERO && S.phys[p->phys].astray == 0 && !about_to_be_freed(p))
+        kernel_page_out(AS_BASE + (uint64_t)(p - S.pte));
     if (S.frame[f] != PHYS_NONE && S.phys[S.frame[f]].lazy && S.phys[S.frame[f]].held == 0)
         S.phys[S.frame[f]].version = 0;
 }

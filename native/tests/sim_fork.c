@@ -66,7 +66,7 @@ static void forget_parent(void)
     S.exclusive = S.wanted = S.gate = S.evictor_idle = S.stop = S.adopting = false;
     for (uint32_t k = 0; k < AS_PAGES; k++) {
         struct pte *p = &S.pte[k];
-        p->users = p->busy = p->pend = p->dropping = 0;
+        p->users = p->busy = p->pend = 0;
         p->wp = false;
         p->truth.window = p->truth.wrote = false;    /* what was LAZY stays so: it may have been freed before */
     }

@@ -54,6 +54,7 @@ void phys_engine_writes(uint32_t phys, uint64_t version)
     sim_expect(S.phys[phys].pins == 0, "a frame that a device still holds was rewritten");
     S.phys[phys].version = version;
     S.phys[phys].lazy = false;
+    S.phys[phys].astray = 0;
 }
 
 /* Faults that nobody has read yet leave the queue with the thread that they were for. */
@@ -95,6 +96,18 @@ void kernel_zap(struct pte *p)
     p->wp = p->shared = p->poison = false;
 }
 
+void kernel_page_out(uint64_t page)
+{
+    struct pte *p = in_space(page) ? pte_of(page) : NULL;
+    if (p == NULL || p->phys == PHYS_NONE || p->phys == PHYS_ZERO)
+        return;
+    const struct phys *is = &S.phys[p->phys];
+    if (!is->lazy || is->pins > 0 || is->held > 0)
+        return;
+    sim_trace("page out", page, 1, is->version);
+    kernel_zap(p);
+}
+
 /* Pages that are not registered, and copies after a fork, the kernel makes by itself. */
 bool kernel_make_writable(uint64_t page)
 {
@@ -120,6 +133,7 @@ bool kernel_make_writable(uint64_t page)
         }
         p->shared = false;
         S.phys[p->phys].lazy = false;
+        S.phys[p->phys].astray = 0;
         return true;
     }
 }

@@ -276,41 +276,113 @@ static void pause_core(void)
     sim_point();
 }
 
-/* Nobody could stop a drop that hits another mapping, made at the same place a moment ago: see limits.md.
- * The program here does not do that while the engine drops. */
-static enum fm_res op_drop(void *ctx, uint64_t page, uint32_t n)
+/* Are the bytes of what is there those that the books would bring back?  The kernel may take it then. */
+static bool can_be_had(uint64_t page)
 {
-    (void)ctx;
-    sim_expect(n == 1, "pages are dropped one by one");
-    pause_core();
-    while (S.changing > 0)
-        sim_yield();
     const struct fm_block *b = fm_block_find(S.core, page);
-    bool still = b != NULL && b->state[page % FM_BLOCK_PAGES] == FM_LEAVING;
-    bool ok = still && in_space(page) && pte_of(page)->registered && pte_of(page)->pend == 0 && !sim_chance(100);
-    if (ok) {
-        pte_of(page)->dropping++;
-        S.changing++;
-        kernel_event(EV_REMOVE, page, 0, 1);
-        S.changing--;
-        sim_point();
-        kernel_zap(pte_of(page));
-        pte_of(page)->dropping--;
-    }
-    core_in();
-    return ok ? FM_OK : FM_FAIL;
+    uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
+    if (b == NULL || b->state[i] != FM_LEAVING)
+        return false;
+    uint64_t is = S.phys[pte_of(page)->phys].version;
+    return is == (b->slot[i] == FM_SLOT_NONE ? 0 : S.family->slot[b->slot[i]]);
 }
 
-static void op_unshare(void *ctx, uint64_t page, uint32_t n)
+/* What is not ours is made clean as well, and must be written to before the kernel takes it: that it does not do so
+ * within these microseconds is all that is taken for granted.  (And for good if the program moves such a page within them,
+ * in a mapping that is not registered: nobody is told where it went.) */
+static void free_page(uint64_t page)
+{
+    struct pte *p = pte_of(page);
+    sim_trace("free", page, 1, p->phys);
+    if (fm_defect(S.core, DROP_BY_ADDRESS)) {
+        kernel_zap(p);
+        return;
+    }
+    if (p->phys == PHYS_NONE || p->phys == PHYS_ZERO || p->shared)
+        return;
+    struct phys *is = &S.phys[p->phys];
+    if (!is->lazy && is->astray == 0 && !can_be_had(page)) {
+        is->astray = ASTRAY_NOW;
+        S.astray_n++;
+    }
+    is->lazy = true;
+}
+
+void sim_free_ends(void)
+{
+    for (uint32_t k = 0; S.astray_n > 0 && k < PHYS_MAX; k++)
+        S.phys[k].astray = S.phys[k].astray == ASTRAY_NOW ? 0 : S.phys[k].astray;
+    S.astray_n = 0;
+}
+
+/* Linux tells of a range mapping by mapping; what is no longer there by then ends the call. */
+static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    enum fm_res r = FM_OK;
+    sim_free_ends();
+    pause_core();
+    for (uint32_t k = 0, run; k < n && r == FM_OK; k += run) {
+        for (run = 1; k + run < n && in_space(page + k + run) && same_vma(page + k, page + k + run);)
+            run++;
+        if (!in_space(page + k) || pte_of(page + k)->map == 0 || sim_chance(100)) {
+            r = FM_FAIL;
+            break;
+        }
+        if (pte_of(page + k)->registered) {
+            S.changing++;
+            kernel_event(EV_REMOVE, page + k, 0, run);
+            S.changing--;
+        }
+        sim_point();
+        for (uint32_t j = k; j < k + run && r == FM_OK; j++) {
+            r = pte_of(page + j)->map != 0 ? FM_OK : FM_FAIL;
+            if (r == FM_OK)
+                free_page(page + j);
+        }
+    }
+    while (S.changing > 0)
+        sim_yield();
+    core_in();
+    return r;
+}
+
+static void op_page_out(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
     pause_core();
     for (uint64_t p = page; p < page + n; p++)
-        if (in_space(p) && pte_of(p)->registered && pte_of(p)->prot == PROT_RW)
-            kernel_make_writable(p);
-        else
-            break;
+        if (!sim_chance(8)) {         /* another processor may have it in hand */
+            sim_point();
+            if (in_space(p) && !pte_of(p)->shared)
+                kernel_page_out(p);
+        }
     core_in();
+}
+
+static enum fm_res op_unshare(void *ctx, uint64_t page, uint32_t n)
+{
+    (void)ctx;
+    enum fm_res r = FM_OK;
+    pause_core();
+    for (uint64_t p = page; p < page + n && r == FM_OK; p++) {
+        if (!in_space(p) || pte_of(p)->map == 0)
+            r = FM_GONE;
+        else if (pte_of(p)->prot != PROT_RW)
+            r = FM_REFUSED;
+        else if (!kernel_make_writable(p))
+            r = FM_FAIL;
+    }
+    core_in();
+    return r;
+}
+
+static enum fm_res op_undo_free(void *ctx, uint64_t page, uint32_t n)
+{
+    enum fm_res r = op_unshare(ctx, page, n);
+    if (r == FM_REFUSED && n == 1 && in_space(page) && pte_of(page)->phys != PHYS_NONE && pte_of(page)->phys != PHYS_ZERO)
+        S.phys[pte_of(page)->phys].lazy = false;
+    return r;
 }
 
 static void op_drop_frames(void *ctx, uint32_t frame, uint32_t n)
@@ -397,8 +469,9 @@ const struct fm_ops sim_ops = {
     .enter = op_enter, .leave = op_leave, .zero = op_zero, .move_in = op_move_in, .copy_in = op_copy_in,
     .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
     .present = op_present,
-    .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page, .drop = op_drop,
-    .unshare = op_unshare, .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
+    .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page,
+    .free_lazily = op_free_lazily, .page_out = op_page_out, .undo_free = op_undo_free, .unshare = op_unshare,
+    .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
     .block_memory = op_block_memory, .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
 };
 

@@ -103,7 +103,7 @@ static uint32_t pick_range(uint64_t *page, uint32_t most, bool ends_use)
     *page = program_page();
     while (n < want && in_space(*page + n) && same_vma(*page, *page + n)) {
         const struct pte *p = pte_of(*page + n);
-        if (p->busy > 0 || p->pend > 0 || (ends_use && (p->users > 0 || p->dropping > 0)))
+        if (p->busy > 0 || p->pend > 0 || (ends_use && p->users > 0))
             break;
         n++;
     }
@@ -185,8 +185,7 @@ static void drop_pins(uint64_t page)
 static void clear_pte(struct pte *p)
 {
     struct pte was = *p;
-    *p = (struct pte){ .phys = PHYS_NONE, .pend = was.pend, .busy = was.busy, .dropping = was.dropping, .users = was.users,
-                       .hole = was.hole };
+    *p = (struct pte){ .phys = PHYS_NONE, .pend = was.pend, .busy = was.busy, .users = was.users, .hole = was.hole };
 }
 
 static void pend(uint64_t page, uint64_t n, int by)
@@ -227,7 +226,7 @@ static void unmap_block(void)
     uint64_t page = AS_BASE + FM_BLOCK_PAGES * sim_rnd(AS_BLOCKS);
     for (uint32_t k = 0; k < FM_BLOCK_PAGES; k++) {
         const struct pte *p = pte_of(page + k);
-        if (p->busy > 0 || p->pend > 0 || p->users > 0 || p->dropping > 0)
+        if (p->busy > 0 || p->pend > 0 || p->users > 0)
             return;
     }
     unmap_now(page, FM_BLOCK_PAGES);
@@ -244,7 +243,7 @@ static void unmap(void)
 static bool free_range(uint64_t page, uint32_t n)
 {
     for (uint32_t k = 0; k < n; k++)
-        if (!in_space(page + k) || pte_of(page + k)->map != 0 || pte_of(page + k)->users > 0 || pte_of(page + k)->dropping > 0 ||
+        if (!in_space(page + k) || pte_of(page + k)->map != 0 || pte_of(page + k)->users > 0 ||
             pte_of(page + k)->hole > 0)
             return false;
     return true;
@@ -269,6 +268,8 @@ static void move_page(uint64_t from, uint64_t to, uint32_t map, bool keep)
         if (S.pin[k].phys != PHYS_NONE && S.pin[k].page == from)
             S.pin[k].page = to;
     sim_trace("moved from", from, 1, to);
+    if (!was.registered && was.phys != PHYS_NONE && was.phys != PHYS_ZERO && S.phys[was.phys].astray != 0)
+        S.phys[was.phys].astray = ASTRAY_FOR_GOOD;
     clear_pte(p);
     if (keep) {
         p->map = was.map;
@@ -368,6 +369,7 @@ void program_device_write(void)
         return;
     struct pte *p = pte_of(S.pin[k].page);
     S.phys[S.pin[k].phys].version = S.version_base | ++S.version_next;
+    S.phys[S.pin[k].phys].lazy = false;
     wrote(p, S.phys[S.pin[k].phys].version);
     if (sim_chance(3))
         drop_pins(S.pin[k].page);
