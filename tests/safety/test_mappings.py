@@ -51,14 +51,27 @@ def test_mappings_notice(case: str, defect: str) -> None:
     assert_defect_noticed([compile_c(name), *arguments], defect, local=LOCAL)
 
 
+@pytest.mark.parametrize("how", ["move", "over"])
+def test_a_page_put_where_one_is_being_dropped(how: str) -> None:
+    """The copy path drops by address, and the kernel lets the program change the address
+    space in the middle of it: what lies there by then must not be lost."""
+    run_case(f"drop_race {how}", "copy")
+
+
+def test_a_page_put_where_one_is_being_dropped_notices() -> None:
+    command = [compile_c("drop_race"), "move", "40"]
+    assert_defect_noticed(command, "drop_by_address", local=LOCAL, evict="copy", timeout=60)
+
+
 @pytest.mark.parametrize("evict", [None, "copy"])
 def test_unmap_and_reuse(evict: str | None) -> None:
     run_case("unmap_reuse", evict)
 
 
+@pytest.mark.parametrize("evict", [None, "copy"])
 @pytest.mark.parametrize("how", ["grow", "move", "fixed", "dontunmap", "storm"])
-def test_mremap(how: str) -> None:
-    run_case(f"remap {how}")
+def test_mremap(how: str, evict: str | None) -> None:
+    run_case(f"remap {how}", evict)
 
 
 @pytest.mark.parametrize("evict", [None, "copy"])
