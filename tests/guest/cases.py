@@ -39,8 +39,8 @@ LOCAL = "16M"
 # Right bytes, and pages that went out and came back.
 SAFETY = [
     Case("verify", "verify 1 32 1"),
-    Case("verify_threads", "verify 4 32 3"),
-    Case("verify_failing_stores", "verify 4 24 2", filters=("error:store=0.5,seed=2",)),
+    Case("verify_threads", "verify 4 48 4"),
+    Case("verify_failing_stores", "verify 4 48 3", filters=("error:store=0.5,seed=2",)),
     Case("discards_dontneed", "discards dontneed 16"),
     Case("discards_free", "discards free 2"),
     Case("unmap_reuse", "unmap_reuse 10"),
@@ -48,6 +48,8 @@ SAFETY = [
     Case("remap_move", "remap move 1"),
     Case("remap_dontunmap", "remap dontunmap 1"),
     Case("remap_storm", "remap storm 1"),
+    Case("drop_race_move", "drop_race move 8"),
+    Case("drop_race_over", "drop_race over 4"),
     Case("protect", "protect 1"),
     Case("forks_child", "forks child 1"),
     Case("forks_grand", "forks grand 1"),
