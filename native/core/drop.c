@@ -134,32 +134,38 @@ static bool drop_begin(struct fm_core *c, uint32_t f)
     if (b == NULL)
         return false;
     uint32_t i = (uint32_t)(c->frame[f].page - b->page);
+    /* Marked before, in a run that was refused before it came to this page: so this event is not ours. */
+    bool discarded = c->frame[f].dropping != 0 && (b->flags[i] & FM_DROPPING) == 0;
     /* One that the kernel took earlier must not be taken for one that is discarded while we are at it. */
     if ((b->flags[i] & FM_LAZY) != 0)
         c->ops->present(c->ctx, b->page + i, 1, &there);
-    if ((there & 1) != 0) {
+    bool ok = !discarded && (there & 1) != 0;
+    if (ok) {
         b->flags[i] |= FM_DROPPING;
         c->frame[f].dropping = FM_DROP_BEGUN;
     } else {
         fm_copy_undo(c, b, i, f);
     }
+    if (discarded)
+        fm_page_discarded(c, b, i);
     fm_block_leave(c, b);
-    return (there & 1) != 0;
+    return ok;
 }
 
-/* After the call: was it frame f's page that was freed, for certain?  No event is unread that was raised before, so the record
- * says what was there.  *owned: the frame still has a page, which must be settled. */
-static bool drop_look(struct fm_core *c, uint32_t f, enum fm_res r, bool *owned)
+enum after { NOT_OURS, NO_EVENT, FREED };
+
+/* After the call: was it frame f's page that was met?  No event is unread that was raised before, so the record says what
+ * was there.  NO_EVENT: frame f still has it, but the call did not come so far. */
+static enum after drop_look(struct fm_core *c, uint32_t f, enum fm_res r)
 {
     struct fm_block *b = fm_enter_leaving(c, f);
-    *owned = b != NULL;
     if (b == NULL)
-        return false;
-    bool certain = r == FM_OK && (b->flags[c->frame[f].page - b->page] & FM_DROPPING) == 0;
-    if (certain)
+        return NOT_OURS;
+    bool event = (b->flags[c->frame[f].page - b->page] & FM_DROPPING) == 0;
+    if (event && r == FM_OK)
         c->frame[f].dropping = FM_DROP_FREED;
     fm_block_leave(c, b);
-    return certain;
+    return event ? FREED : NO_EVENT;
 }
 
 /* False: it was not freed and yet is not there, so an event must be read first (it was moved, most likely). */
@@ -178,7 +184,7 @@ static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
     bool moved = (there & 1) == 0 && r == FM_OK && c->ops->protect(c->ctx, b->page + i, 1, true) != FM_OK;
     if ((there & 1) != 0 || moved) {
         c->stayed++;
-        b->flags[i] |= r == FM_OK ? FM_LAZY : FM_KEEP;    /* refused: locked, most likely: leave it be */
+        b->flags[i] |= r == FM_OK ? FM_LAZY : event ? 0 : FM_KEEP;    /* refused: locked, most likely: leave it be */
         fm_copy_undo(c, b, i, f);
         if (r != FM_OK && event)
             fm_page_discarded(c, b, i);      /* it may have been the program's after all */
@@ -194,33 +200,54 @@ static bool drop_end(struct fm_core *c, uint32_t f, enum fm_res r)
     return done;
 }
 
+static bool drop_run(struct fm_core *c, struct drop_run *run);
+
+/* Nobody knows how far a call came that was refused.  Where there was an event it was ours, and the page was freed, or the
+ * program's, and it was discarded: it stays, and may not be taken by our doing. */
+static bool drop_refused(struct fm_core *c, struct drop_run *run, const enum after *after, enum fm_res r)
+{
+    bool all = true;
+    for (uint32_t k = 0; k < run->n; k++)
+        if (after[k] == FREED) {
+            all = drop_end(c, run->frame[k], r) && all;
+            undo_free(c, run->page + k);
+        }
+    undo_astray(c);
+    freeing(c, 0, 0);
+    for (uint32_t k = 0; k < run->n; k++) {
+        struct drop_run one = { .page = run->page + k, .n = 1, .frame = { run->frame[k] } };
+        if (after[k] == NO_EVENT && run->n == 1)
+            all = drop_end(c, run->frame[k], r) && all;
+        else if (after[k] == NO_EVENT && drop_begin(c, run->frame[k]))
+            all = drop_run(c, &one) && all;
+    }
+    return all;
+}
+
 static bool drop_run(struct fm_core *c, struct drop_run *run)
 {
-    bool certain[BATCH_MAX], owned[BATCH_MAX], all = true;
+    enum after after[BATCH_MAX];
+    bool all = true;
     freeing(c, run->page, run->page + run->n);
     enum fm_res r = c->ops->free_lazily(c->ctx, run->page, run->n);
     for (uint32_t k = 0; k < run->n; k++) {
-        certain[k] = drop_look(c, run->frame[k], r, &owned[k]);
-        if (!owned[k])
+        after[k] = drop_look(c, run->frame[k], r);
+        if (after[k] == NOT_OURS)
             undo_free(c, run->page + k);
     }
+    if (r != FM_OK)
+        return drop_refused(c, run, after, r);
     undo_astray(c);
     freeing(c, 0, 0);
     for (uint32_t k = 0, n; k < run->n; k += n + 1) {
-        for (n = 0; k + n < run->n && certain[k + n];)
+        for (n = 0; k + n < run->n && after[k + n] == FREED;)
             n++;
         if (n > 0)
             c->ops->page_out(c->ctx, run->page + k, n);
     }
-    for (uint32_t k = 0; k < run->n; k++) {
-        struct drop_run one = { .page = run->page + k, .n = 1, .frame = { run->frame[k] } };
-        if (!owned[k])
-            continue;
-        if (r == FM_OK || run->n == 1)
+    for (uint32_t k = 0; k < run->n; k++)
+        if (after[k] != NOT_OURS)
             all = drop_end(c, run->frame[k], r) && all;
-        else if (drop_begin(c, run->frame[k]))     /* of a run that was refused nobody knows how far it got */
-            all = drop_run(c, &one) && all;
-    }
     return all;
 }
 

@@ -281,14 +281,14 @@ static bool can_be_had(uint64_t page)
 {
     const struct fm_block *b = fm_block_find(S.core, page);
     uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
-    if (b == NULL || b->state[i] != FM_LEAVING)
+    if (b == NULL || b->state[i] != FM_LEAVING || pte_of(page)->phys == PHYS_NONE || pte_of(page)->phys == PHYS_ZERO)
         return false;
     uint64_t is = S.phys[pte_of(page)->phys].version;
     return is == (b->slot[i] == FM_SLOT_NONE ? 0 : S.family->slot[b->slot[i]]);
 }
 
-/* What is not ours is made clean as well, and must be written to before the kernel takes it: that it does not do so
- * within these microseconds is all that is taken for granted.  (And for good if the program moves such a page within them,
+/* Whatever is there is made clean, and what is not ours must be written to before the kernel takes it: that it takes
+ * nothing within these microseconds is all that is taken for granted.  (And for good if the program moves such a page within them,
  * in a mapping that is not registered: nobody is told where it went.) */
 static void free_page(uint64_t page)
 {
@@ -301,10 +301,8 @@ static void free_page(uint64_t page)
     if (p->phys == PHYS_NONE || p->phys == PHYS_ZERO || p->shared)
         return;
     struct phys *is = &S.phys[p->phys];
-    if (!is->lazy && is->astray == 0 && !can_be_had(page)) {
-        is->astray = ASTRAY_NOW;
-        S.astray_n++;
-    }
+    is->astray = is->astray == 0 ? ASTRAY_NOW : is->astray;
+    S.astray_n++;
     is->lazy = true;
 }
 
@@ -350,6 +348,9 @@ static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
 static void op_page_out(void *ctx, uint64_t page, uint32_t n)
 {
     (void)ctx;
+    for (uint64_t p = page; p < page + n; p++)
+        if (in_space(p) && can_be_had(p))
+            S.phys[pte_of(p)->phys].astray = 0;
     pause_core();
     for (uint64_t p = page; p < page + n; p++)
         if (!sim_chance(8)) {         /* another processor may have it in hand */
