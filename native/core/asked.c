@@ -150,3 +150,22 @@ bool fm_core_leave_staging(struct fm_core *c, uint64_t page, uint64_t n)
     }
     return all;
 }
+
+bool fm_core_stayed(struct fm_core *c, uint64_t page, uint64_t n)
+{
+    uint64_t there;
+    bool some = false;
+    for (uint32_t k; n > 0 && !some; page += k, n -= k) {
+        k = part(page, n);
+        struct fm_block *b = enter_known(c, page);
+        uint32_t i = (uint32_t)(page % FM_BLOCK_PAGES);
+        for (uint32_t j = i; b != NULL && j < i + k && !some; j++) {
+            if (b->state[j] != FM_RESIDENT || (b->flags[j] & FM_LAZY) == 0)
+                continue;
+            c->ops->present(c->ctx, b->page + j, 1, &there);
+            some = (there & 1) != 0;
+        }
+        leave_known(c, b);
+    }
+    return some;
+}

@@ -327,6 +327,8 @@ void fm_core_tally(struct fm_core *c, uint64_t page, uint64_t n, struct fm_tally
 /* False: no memory for their records (what was pinned by then stays so). */
 bool fm_core_pin(struct fm_core *c, uint64_t page, uint64_t n);
 void fm_core_unpin(struct fm_core *c, uint64_t page, uint64_t n);
+/* Are pages of the range here that were dropped, and that the kernel would not take then? */
+bool fm_core_stayed(struct fm_core *c, uint64_t page, uint64_t n);
 /* Staged pages of the range become REMOTE.  False: some are still on their way. */
 bool fm_core_leave_staging(struct fm_core *c, uint64_t page, uint64_t n);
 

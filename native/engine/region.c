@@ -10,6 +10,7 @@
 #include <stddef.h>
 
 #include "engine/engine.h"
+#include "engine/uffd_api.h"
 #include "fm_assert.h"
 
 #define CALLS_MAX 64u
@@ -18,6 +19,8 @@
 #define STEP_BYTES (64ull << 21)
 #define AHEAD_PAGES 256u                 /* fetches that are begun before the first has come */
 #define EVICT_PAGES 64u
+#define STAYED_TRIES 3u
+#define CPUS_MAX 4096u
 #define CHANGING_NS 20000
 #define ADD_TRIES 100000
 #define IDLE_NS 1000000000ull
@@ -158,6 +161,37 @@ static bool bring(struct call *k)
     }
 }
 
+/* The kernel does not take a page that a processor has just put aside to be sorted in with others later (a page that was
+ * fetched a moment ago): MADV_PAGEOUT does that first, for the processor that it runs on.  So run it on each. */
+static void sort_in(uint64_t address)
+{
+    uint64_t mine[CPUS_MAX / 64] = { 0 }, one[CPUS_MAX / 64] = { 0 };
+    if (fm_sys(SYS_sched_getaffinity, 0, sizeof mine, mine) <= 0)
+        return;
+    for (uint32_t cpu = 0; cpu < CPUS_MAX; cpu++) {
+        if ((mine[cpu / 64] >> (cpu % 64) & 1) == 0)
+            continue;
+        one[cpu / 64] = 1ull << (cpu % 64);
+        if (fm_sys(SYS_sched_setaffinity, 0, sizeof one, one) == 0)
+            fm_sys(SYS_madvise, address, FM_PAGE_BYTES, FM_MADV_PAGEOUT);
+        one[cpu / 64] = 0;
+    }
+    fm_sys(SYS_sched_setaffinity, 0, sizeof mine, mine);
+}
+
+/* What was to leave and would not is tried again (value counts: it is not used by this call).  False: none, or often
+ * enough. */
+static bool again(struct call *k)
+{
+    if (k->what.value >= STAYED_TRIES || !fm_core_stayed(&fm.core, first_page(k), end_page(k) - first_page(k)))
+        return false;
+    k->what.value++;
+    k->what.at = k->what.start;
+    k->ahead = 0;
+    sort_in(k->what.start);
+    return true;
+}
+
 static bool send_away(struct call *k)
 {
     uint64_t at = page_of(k->what.at), end = end_page(k);
@@ -169,6 +203,8 @@ static bool send_away(struct call *k)
         k->ahead = k->ahead != 0 ? k->ahead : first_page(k);
         while (k->ahead < end && fm_core_leave_staging(&fm.core, k->ahead, 1))
             k->ahead++;
+        if (k->ahead == end && again(k))
+            return true;
         if (k->ahead == end)
             answer(k, __atomic_load_n(errors, __ATOMIC_RELAXED) >= k->what.mark ? FM_REGION_STORE_FAILED : FM_REGION_DONE);
         return k->ahead == end;
