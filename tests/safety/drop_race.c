@@ -5,9 +5,9 @@
 #include "safety.h"
 
 #define THREADS 2
-#define PAGES (256 / SHRINK)
+#define PAGES 256
 #define BYTES (PAGES * PAGE)
-#define LOOKS 4000000l
+#define SWEEPS 3
 
 static long rounds;
 static bool over;
@@ -25,8 +25,12 @@ static void *write_when_new(void *argument)
     struct writer *w = argument;
     while (!atomic_load(&w->stop)) {
         uint64_t *words = w->at;
-        /* The last page leaves last, so looking at it costs nothing and shows the new mapping at once. */
-        if (words == NULL || *(volatile uint64_t *)&words[BYTES / 8 - PAGE_WORDS] != 0)
+        /* It keeps the last page here, and so sees the new mapping at once. */
+        if (words == NULL) {
+            pause_us(20);
+            continue;
+        }
+        if (*(volatile uint64_t *)&words[BYTES / 8 - PAGE_WORDS] != 0)
             continue;
         for (size_t page = 0; page < PAGES; page++)
             fill_from(words + page * PAGE_WORDS, PAGE, w->seed, page * PAGE_WORDS);
@@ -38,7 +42,8 @@ static void *write_when_new(void *argument)
 
 static bool first_has_left(const char *p)
 {
-    for (long look = 0; look < LOOKS; look++)
+    uint64_t until = atomic_load(&pressure.sweeps) + SWEEPS;
+    while (atomic_load(&pressure.sweeps) < until)
         if (pages_here(p, PAGE) == 0)
             return true;
     return false;
@@ -58,9 +63,9 @@ static void replace_by_mapping(char *p, uint64_t seed, struct writer *w)
 {
     atomic_store(&w->done, 0);
     w->seed = seed + 1;
+    w->at = (uint64_t *)p;
     if (first_has_left(p))
         atomic_fetch_add(&away_total, 1);
-    w->at = (uint64_t *)p;
     CHECK(mmap(p, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p);
     while (!atomic_load(&w->done))
         pause_us(20);

@@ -3,8 +3,9 @@
 Such a page is pinned: its frame is being written by somebody who doesn't go through the
 program's mapping. Evicting it by copying and dropping loses what is written afterwards.
 UFFDIO_MOVE refuses pinned pages, so they must stay. The defect `copy_pinned` takes the
-refusal for a reason to copy. The programs hold old bytes that differ from the new ones, so
-that a lost write can't look right by chance.
+refusal for a reason to copy; a page that is pinned at the time of the drop the kernel does
+not take even so, so the defect `drop_by_address` goes with it. The programs hold old bytes
+that differ from the new ones, so that a lost write can't look right by chance.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.harness import (
 
 pytestmark = [pytest.mark.safety, pytest.mark.uffd, pytest.mark.move]
 LOCAL = "32M"
+DEFECTS = "copy_pinned,drop_by_address"
 
 
 def test_registered_uring_buffers() -> None:
@@ -34,7 +36,7 @@ def test_registered_uring_buffers() -> None:
 
 def test_registered_uring_buffers_notices() -> None:
     folder = str(free_space_folder())
-    assert_defect_noticed([compile_c("uring_fixed"), folder], "copy_pinned", local=LOCAL)
+    assert_defect_noticed([compile_c("uring_fixed"), folder], DEFECTS, local=LOCAL)
 
 
 def test_direct_io_in_flight() -> None:
@@ -46,7 +48,7 @@ def test_direct_io_in_flight() -> None:
 
 def test_direct_io_in_flight_notices() -> None:
     command = [str(compile_c("direct_io")), str(free_space_folder()), "120"]
-    assert_defect_noticed(command, "copy_pinned", local=LOCAL)
+    assert_defect_noticed(command, DEFECTS, local=LOCAL)
 
 
 def test_process_vm_writev() -> None:
@@ -56,4 +58,4 @@ def test_process_vm_writev() -> None:
 
 
 def test_process_vm_writev_notices() -> None:
-    assert_defect_noticed([compile_c("vm_writev"), "12"], "copy_pinned", local=LOCAL)
+    assert_defect_noticed([compile_c("vm_writev"), "12"], DEFECTS, local=LOCAL)
