@@ -288,8 +288,8 @@ static bool can_be_had(uint64_t page)
 }
 
 /* Whatever is there is made clean, and what is not ours must be written to before the kernel takes it: that it takes
- * nothing within these microseconds is all that is taken for granted.  (And for good if the program moves such a page within them,
- * in a mapping that is not registered: nobody is told where it went.) */
+ * nothing within these microseconds is all that is taken for granted.  (And for good if the program moves such a page
+ * within them, in a mapping that is not registered: nobody is told where it went.) */
 static void free_page(uint64_t page)
 {
     struct pte *p = pte_of(page);
