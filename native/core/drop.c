@@ -81,7 +81,8 @@ static void undo_free(struct fm_core *c, uint64_t page)
         fm_write_to(c, page, c->ops->undo_free);
 }
 
-/* Pages that were moved away from where we drop, maybe after the drop hit them: fm_core_remapped() notes where to. */
+/* Pages that were moved away from where we drop, maybe after the drop hit them: fm_core_remapped() notes where to.  When there
+ * are none, none are noted any more: in one step, or one that is noted in between would be left over. */
 static bool next_astray(struct fm_core *c, uint64_t *page)
 {
     struct fm_range piece;
@@ -89,6 +90,8 @@ static bool next_astray(struct fm_core *c, uint64_t *page)
     bool some = fm_ranges_next(&c->astray, 0, FM_PAGE_NONE, &piece);
     if (some)
         *page = piece.page;
+    else
+        c->freeing = (struct fm_range){ 0, 0 };
     c->ops->leave(c->ctx);
     return some;
 }
@@ -106,6 +109,7 @@ static void undo_astray(struct fm_core *c)
 static void freeing(struct fm_core *c, uint64_t page, uint64_t end)
 {
     c->ops->enter(c->ctx);
+    fm_assert(c->astray.n == 0);
     c->freeing = (struct fm_range){ page, end };
     c->ops->leave(c->ctx);
 }
@@ -213,7 +217,6 @@ static bool drop_refused(struct fm_core *c, struct drop_run *run, const enum aft
             undo_free(c, run->page + k);
         }
     undo_astray(c);
-    freeing(c, 0, 0);
     for (uint32_t k = 0; k < run->n; k++) {
         struct drop_run one = { .page = run->page + k, .n = 1, .frame = { run->frame[k] } };
         if (after[k] == NO_EVENT && run->n == 1)
@@ -238,7 +241,6 @@ static bool drop_run(struct fm_core *c, struct drop_run *run)
     if (r != FM_OK)
         return drop_refused(c, run, after, r);
     undo_astray(c);
-    freeing(c, 0, 0);
     for (uint32_t k = 0, n; k < run->n; k += n + 1) {
         for (n = 0; k + n < run->n && after[k + n] == FREED;)
             n++;
