@@ -427,7 +427,7 @@ struct fm_block *fm_enter_leaving(struct fm_core *c, uint32_t f);
 void fm_drop_later(struct fm_core *c, uint32_t f);
 void fm_run_drops(struct fm_core *c);
 /* Have one of the operations that write to a page of the program's done to it, outside every lock. */
-enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void *ctx, uint64_t page, uint32_t n));
+enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void *ctx, uint64_t page, uint32_t n), bool must);
 void fm_page_lost(struct fm_core *c, struct fm_block *b, uint32_t i);
 /* A run of frames with memory behind them, in hand: free ones, or made, or reclaimed.  How many (0: none now). */
 uint32_t fm_frames_for_fetch(struct fm_core *c, uint32_t want, uint32_t *first);

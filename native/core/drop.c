@@ -33,13 +33,15 @@ void fm_drop_later(struct fm_core *c, uint32_t f)
 
 /* ---- writing to a page of the program's ---------------------------------------------------------- */
 
-/* A frame with memory, in hand; FM_FRAME_NONE: there is none to be had. */
+/* A frame with memory, in hand; FM_FRAME_NONE: there is none to be had.  Dead frames (and staged ones, where they would be
+ * dead next) only the evictor makes anew, and it is about to wait. */
 static uint32_t one_frame(struct fm_core *c)
 {
     uint32_t f, made = 0;
     if (fm_frames_take(c, FM_FRAME_FREE, 1, &f) == 1)
         return f;
-    if (fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0)
+    if (fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0 &&
+        (fm_core_shrink(c, 1) == 0 || fm_frames_take(c, FM_FRAME_EMPTY, 1, &f) == 0))
         return FM_FRAME_NONE;
     c->ops->enter(c->ctx);
     c->ops->fill_frames(c->ctx, f, 1, &made);
@@ -53,10 +55,13 @@ static uint32_t one_frame(struct fm_core *c)
 }
 
 /* Should the page be gone when the kernel comes to it, the evictor itself waits for it to be brought: then nobody makes
- * room, so zeros must be had over budget, and the frame for a fetch is set aside (if there is one). */
-enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void *ctx, uint64_t page, uint32_t n))
+ * room, so zeros must be had over budget, and the frame for a fetch is set aside.  Without one (the evictor has them all in
+ * hand) it might wait for ever: what can be put off is, FM_BUSY. */
+enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void *ctx, uint64_t page, uint32_t n), bool must)
 {
     uint32_t f = one_frame(c);
+    if (f == FM_FRAME_NONE && !must)
+        return FM_BUSY;
     __atomic_store_n(&c->aside_page, page, __ATOMIC_RELAXED);
     __atomic_store_n(&c->aside_frame, f, __ATOMIC_RELEASE);
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
@@ -78,7 +83,7 @@ static void undo_free(struct fm_core *c, uint64_t page)
     c->ops->present(c->ctx, page, 1, &there);
     c->ops->leave(c->ctx);
     if ((there & 1) != 0)
-        fm_write_to(c, page, c->ops->undo_free);
+        fm_write_to(c, page, c->ops->undo_free, true);
 }
 
 /* Pages that were moved away from where we drop, maybe after the drop hit them: fm_core_remapped() notes where to.  When there

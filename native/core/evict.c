@@ -305,7 +305,7 @@ static void unshare(struct fm_core *c, struct run *run)
 {
     if (run->lazy == run->page) {
         run->lazy_events = events_applied(c);
-        run->lazy_res = fm_write_to(c, run->page, c->ops->unshare);
+        run->lazy_res = fm_write_to(c, run->page, c->ops->unshare, false);
     } else {
         /* Making a page private can fault on one that was just discarded: zeros must be had then. */
         __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
