@@ -163,6 +163,8 @@ struct fm_ops {
     enum fm_res (*free_lazily)(void *ctx, uint64_t page, uint32_t n);
     /* Take what may be taken of them, and is private to this process and not pinned.  Raises no event. */
     void (*page_out)(void *ctx, uint64_t page, uint32_t n);
+    /* Returns when every event that was raised before the call has been read. */
+    void (*settle)(void *ctx);
     /* Write to a page without changing it, whatever its protection: the kernel may not take it any more. */
     enum fm_res (*undo_free)(void *ctx, uint64_t page, uint32_t n);
     /* ... and end its sharing since a fork.  FM_REFUSED: it is not writable. */

@@ -75,7 +75,8 @@ enum fm_res fm_write_to(struct fm_core *c, uint64_t page, enum fm_res (*op)(void
 
 /* ---- a page that was none of ours ---------------------------------------------------------------- */
 
-/* What is there may be somebody's new page, and we have just told the kernel that it may take it. */
+/* What is there may be somebody's new page, and we have just told the kernel that it may take it.  It may be moved away
+ * before it is written to: when this returns fm_core_remapped() has noted where to. */
 static void undo_free(struct fm_core *c, uint64_t page)
 {
     uint64_t there;
@@ -84,6 +85,7 @@ static void undo_free(struct fm_core *c, uint64_t page)
     c->ops->leave(c->ctx);
     if ((there & 1) != 0)
         fm_write_to(c, page, c->ops->undo_free, true);
+    c->ops->settle(c->ctx);
 }
 
 /* Pages that were moved away from where we drop, maybe after the drop hit them: fm_core_remapped() notes where to.  When there

@@ -244,15 +244,20 @@ void fm_uffd_quiet_end(void)
     fm_futex_wake(&fm.looking, 1);
 }
 
+static void op_settle(void *ctx)
+{
+    (void)ctx;
+    for (uint32_t looks = 0; fm_uffd_changing(); looks++)
+        if (looks >= CHANGING_LOOKS)
+            fm_sleep_ns(CHANGING_NS);
+}
+
 /* An event that is unread may say that the address was another page's by the time of the call. */
 static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
 {
     int advice = (fm.control->defects & FM_DEFECT_DROP_BY_ADDRESS) != 0 ? MADV_DONTNEED : MADV_FREE;
-    (void)ctx;
     long r = drop(addr(page), addr(n), advice);
-    for (uint32_t looks = 0; fm_uffd_changing(); looks++)
-        if (looks >= CHANGING_LOOKS)
-            fm_sleep_ns(CHANGING_NS);
+    op_settle(ctx);
     return r == 0 ? FM_OK : FM_FAIL;
 }
 
@@ -365,6 +370,7 @@ const struct fm_ops fm_engine_ops = {
     .read_page = op_read_page,
     .free_lazily = op_free_lazily,
     .page_out = op_page_out,
+    .settle = op_settle,
     .undo_free = op_undo_free,
     .unshare = op_unshare,
     .drop_frames = op_drop_frames,

@@ -313,6 +313,20 @@ void sim_free_ends(void)
     S.astray_n = 0;
 }
 
+static void events_read(void)
+{
+    while (S.changing > 0)
+        sim_yield();
+}
+
+static void op_settle(void *ctx)
+{
+    (void)ctx;
+    pause_core();
+    events_read();
+    core_in();
+}
+
 /* Linux tells of a range mapping by mapping; what is no longer there by then ends the call. */
 static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
 {
@@ -339,8 +353,7 @@ static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n)
                 free_page(page + j);
         }
     }
-    while (S.changing > 0)
-        sim_yield();
+    events_read();
     core_in();
     return r;
 }
@@ -471,7 +484,7 @@ const struct fm_ops sim_ops = {
     .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
     .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page,
-    .free_lazily = op_free_lazily, .page_out = op_page_out, .undo_free = op_undo_free, .unshare = op_unshare,
+    .free_lazily = op_free_lazily, .page_out = op_page_out, .settle = op_settle, .undo_free = op_undo_free, .unshare = op_unshare,
     .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
     .block_memory = op_block_memory, .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
 };

@@ -144,6 +144,7 @@ static bool op_hash(void *ctx, uint32_t f, uint64_t hash[2])
 
 static bool op_read_page(void *ctx, uint64_t page, uint32_t f) { return (void)ctx, (void)page, (void)f, false; }
 static enum fm_res op_free_lazily(void *ctx, uint64_t page, uint32_t n) { return (void)ctx, (void)page, (void)n, FM_FAIL; }
+static void op_settle(void *ctx) { (void)ctx; }
 static void op_page_out(void *ctx, uint64_t page, uint32_t n) { (void)ctx, (void)page, (void)n; }
 static enum fm_res op_unshare(void *ctx, uint64_t page, uint32_t n) { return (void)ctx, (void)page, (void)n, FM_OK; }
 
@@ -190,7 +191,7 @@ static const struct fm_ops ops = {
     .move_out = op_move_out, .protect = op_protect, .poison = op_poison, .wake = op_wake, .later = op_later,
     .present = op_present,
     .fill_frames = op_fill_frames, .clear = op_clear, .hash = op_hash, .read_page = op_read_page,
-    .free_lazily = op_free_lazily, .page_out = op_page_out, .undo_free = op_unshare, .unshare = op_unshare,
+    .free_lazily = op_free_lazily, .page_out = op_page_out, .settle = op_settle, .undo_free = op_unshare, .unshare = op_unshare,
     .drop_frames = op_drop_frames, .submit = op_submit, .grant = op_grant,
     .block_memory = op_block_memory, .memory = op_memory, .message = op_message, .frames_freed = op_frames_freed,
 };
