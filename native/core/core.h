@@ -246,6 +246,7 @@ struct fm_core {
     /* ranges.c: changed with the world held exclusively */
     struct fm_ranges managed;    /* registered, as far as the events that were read tell */
     struct fm_ranges debts;      /* mapped anew before the event that ends the old mapping was read */
+    struct fm_ranges arrivals;   /* what was moved in over such a one: whole ranges, as long as any of it is owed */
 
     /* frames.c */
     fm_lock frames_lock;

@@ -247,31 +247,50 @@ void fm_core_managed(struct fm_core *c, uint64_t page, uint64_t n)
     fm_ranges_add(c, &c->managed, page, page + n);
 }
 
-void fm_core_unmapped(struct fm_core *c, uint64_t page, uint64_t n)
+/* What of an event's range [page, end) is about an old use.  An event that pays a debt of a range which was moved in is
+ * about the old use of all that they have in common: the books may know only a part of that (a mapping grows in place
+ * without a word). */
+static bool next_old(const struct fm_core *c, uint64_t page, uint64_t end, struct fm_range *old)
 {
     struct fm_range debt;
+    for (; page < end && fm_ranges_next(&c->arrivals, page, end, old); page = old->end)
+        if (fm_ranges_next(&c->debts, old->page, old->end, &debt))
+            return true;
+    return false;
+}
+
+static void pay(struct fm_core *c, uint64_t page, uint64_t end)
+{
+    struct fm_range x, debt;
+    limbo_unmapped(c, page, end);
+    fm_ranges_cut(c, &c->debts, page, end);
+    for (uint64_t at = 0; fm_ranges_next(&c->arrivals, at, FM_PAGE_NONE, &x); at = x.end)
+        if (!fm_ranges_next(&c->debts, x.page, x.end, &debt))
+            fm_ranges_cut(c, &c->arrivals, x.page, x.end);
+}
+
+void fm_core_unmapped(struct fm_core *c, uint64_t page, uint64_t n)
+{
+    struct fm_range old;
     uint64_t end = page + n;
     fm_add(c->count->events_unmap, 1);
     if (fm_defect(c, IGNORE_UNMAP))
         return;
-    while (page < end && fm_ranges_next(&c->debts, page, end, &debt)) {
-        if (debt.page > page)
-            live_unmapped(c, page, debt.page);
-        limbo_unmapped(c, debt.page, debt.end);
-        fm_ranges_cut(c, &c->debts, debt.page, debt.end);
-        page = debt.end;
+    while (page < end && next_old(c, page, end, &old)) {
+        if (old.page > page)
+            live_unmapped(c, page, old.page);
+        pay(c, old.page, old.end);
+        page = old.end;
     }
     if (page < end)
         live_unmapped(c, page, end);
 }
 
-/* One page's record goes from its old place to its new one. */
-static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
+/* One page's record goes from its old place to its new one.  old: the event is about the old use of the range, even where
+ * that left no record. */
+static void remap_page(struct fm_core *c, uint64_t from, uint64_t to, bool old)
 {
-    struct fm_range debt;
-    /* With a debt the event is about the old use of the range, even where that left no record. */
-    bool owed = fm_ranges_next(&c->debts, from, from + 1, &debt);
-    struct fm_block *b = owed ? limbo_find(c, from) : fm_block_find(c, from);
+    struct fm_block *b = old ? limbo_find(c, from) : fm_block_find(c, from);
     uint32_t i = (uint32_t)(from % FM_BLOCK_PAGES), j = (uint32_t)(to % FM_BLOCK_PAGES);
     if (b == NULL || (b->state[i] == FM_FRESH && (b->flags[i] & ~FM_QUEUED) == 0))
         return;
@@ -279,7 +298,7 @@ static void remap_page(struct fm_core *c, uint64_t from, uint64_t to)
     fm_assert(d != NULL);                    /* without a record its bytes would be lost: stop */
     copy_given_up(c, b, i);
     record_move(c, b, i, d, j);
-    if (owed)
+    if (old)
         limbo_drop(c, b, i);
     if (d->state[j] == FM_RESIDENT && (d->flags[j] & FM_QUEUED) == 0) {
         d->flags[j] |= FM_QUEUED;
@@ -300,21 +319,54 @@ static void note_astray(struct fm_core *c, uint64_t from, uint64_t to, uint64_t 
         fm_ranges_add(c, &c->astray, piece.page - from + to, piece.end - from + to);
 }
 
-void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
+static void owe(struct fm_core *c, uint64_t page, uint64_t end)
+{
+    for (uint64_t p = page; p < end; p++)
+        into_limbo(c, p);
+    fm_ranges_add(c, &c->debts, page, end);
+}
+
+/* Something is moved to [page, end): what the books say of the place is about an old use, whose end is still to be told. */
+static void moved_in(struct fm_core *c, uint64_t page, uint64_t end)
 {
     struct fm_range old;
+    for (uint64_t at = page; at < end && fm_ranges_next(&c->managed, at, end, &old); at = old.end)
+        owe(c, old.page, old.end);
+    /* Records beyond what is known to be managed: there a mapping has grown in place. */
+    struct walk w = { .page = page, .end = end };
+    while (walk_next(c, &w))
+        for (uint32_t i = w.i; i < w.i + w.n; i++)
+            if (w.b->state[i] != FM_FRESH)
+                owe(c, w.b->page + i, w.b->page + i + 1);
+    if (fm_ranges_next(&c->debts, page, end, &old))
+        fm_ranges_add(c, &c->arrivals, page, end);
+}
+
+/* The kernel ends the old range with an UNMAP of its own, unless MREMAP_DONTUNMAP keeps it: so it is in the list from now on,
+ * even where the mapping had grown in place and nobody knew of it. */
+static void move_records(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
+{
+    struct fm_range old = { 0, 0 };
+    for (uint64_t p = from; p < from + n;) {
+        bool some = next_old(c, p, from + n, &old);
+        uint64_t end = some ? old.page : from + n;
+        if (p < end)
+            fm_ranges_add(c, &c->managed, p, end);
+        for (; p < end; p++)
+            remap_page(c, p, p - from + to, false);
+        for (; some && p < old.end; p++)
+            remap_page(c, p, p - from + to, true);
+    }
+}
+
+void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
+{
     fm_add(c->count->events_remap, 1);
     if (fm_defect(c, IGNORE_REMAP))
         return;
-    uint64_t stale_end = fm_defect(c, SKIP_LIMBO) ? to : to + n;
-    for (uint64_t at = to; at < stale_end && fm_ranges_next(&c->managed, at, to + n, &old); at = old.end) {
-        for (uint64_t p = old.page; p < old.end; p++)
-            into_limbo(c, p);
-        fm_ranges_add(c, &c->debts, old.page, old.end);
-    }
+    if (!fm_defect(c, SKIP_LIMBO))
+        moved_in(c, to, to + n);
     note_astray(c, from, to, n);
-    for (uint64_t k = 0; k < n; k++)
-        remap_page(c, from + k, to + k);
-    /* The kernel ends the old range with an UNMAP of its own (unless MREMAP_DONTUNMAP keeps it): it stays in the list. */
+    move_records(c, from, to, n);
     fm_ranges_add(c, &c->managed, to, to + n);
 }

@@ -350,6 +350,20 @@ static void adopt(void)
         fm_core_keep(S.core, page, 2);
 }
 
+/* What a mapping has grown by is registered already: here only the books learn of it. */
+static void adopt_grown(void)
+{
+    uint64_t page = program_page(), end = page;
+    struct fm_range known;
+    world_take();
+    while (S.changing == 0 && in_space(end) && same_vma(page, end) && pte_of(end)->registered &&
+           !fm_ranges_next(&S.core->managed, end, end + 1, &known))
+        end++;
+    if (end > page)
+        fm_core_managed(S.core, page, end - page);
+    world_release();
+}
+
 static void adopter(uint32_t id)
 {
     (void)id;
@@ -357,6 +371,8 @@ static void adopter(uint32_t id)
         core_in();
         S.adopting = true;
         adopt();
+        if (sim_chance(8))
+            adopt_grown();
         S.adopting = false;
         core_out();
         sim_yield();

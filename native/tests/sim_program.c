@@ -194,12 +194,30 @@ static void pend(uint64_t page, uint64_t n, int by)
         pte_of(page + k)->pend = (uint8_t)(pte_of(page + k)->pend + by);
 }
 
+/* Nothing is put there as long as the event is on its way. */
+static void keep_empty(uint64_t page, uint64_t n, const bool *which, int by)
+{
+    for (uint64_t k = 0; k < n; k++)
+        if (which[k])
+            pte_of(page + k)->hole = (uint8_t)(pte_of(page + k)->hole + by);
+}
+
+/* Does the engine know nothing of a page though the kernel will tell it of its end?  So it is with what a mapping has grown
+ * by in place, until it is touched or seen in the maps: see limits.md. */
+static bool unknown(uint64_t page)
+{
+    struct fm_range known;
+    const struct fm_block *b = fm_block_find(S.core, page);
+    return pte_of(page)->registered && !fm_ranges_next(&S.core->managed, page, page + 1, &known) &&
+           (b == NULL || b->state[page % FM_BLOCK_PAGES] == FM_FRESH);
+}
+
 static void unmap_now(uint64_t page, uint64_t n)
 {
     bool registered = false, hole[FM_BLOCK_PAGES];
     for (uint64_t k = 0; k < n; k++) {
         struct pte *p = pte_of(page + k);
-        hole[k] = !p->registered;
+        hole[k] = !p->registered || unknown(page + k);
         registered = registered || p->registered;
         drop_pins(page + k);
         phys_put(p->phys);
@@ -208,16 +226,14 @@ static void unmap_now(uint64_t page, uint64_t n)
     if (!registered)
         return;
     pend(page, n, 1);
-    for (uint64_t k = 0; k < n; k++)
-        pte_of(page + k)->hole += hole[k];
+    keep_empty(page, n, hole, 1);
     S.changing++;
     for (uint64_t k = sim_rnd(6) * sim_rnd(6); k > 0; k--)
         sim_yield();
     kernel_event(EV_UNMAP, page, 0, n);
     S.changing--;
     pend(page, n, -1);
-    for (uint64_t k = 0; k < n; k++)
-        pte_of(page + k)->hole -= hole[k];
+    keep_empty(page, n, hole, -1);
 }
 
 /* munmap() of a whole block, whatever is there. */
@@ -259,6 +275,25 @@ static void map_new(void)
     sim_trace("map", page, n, map);
     for (uint32_t k = 0; k < n; k++)
         pte_of(page + k)->map = map;
+}
+
+/* mremap() in place: nobody is told, and what is new is registered if the mapping is. */
+static void grow(void)
+{
+    uint64_t last = program_page();
+    uint32_t n = 1 + (uint32_t)sim_rnd(40);
+    while (in_space(last + 1) && same_vma(last, last + 1))
+        last++;
+    const struct pte was = *pte_of(last);
+    if (was.map == 0 || was.busy > 0 || was.pend > 0 || !free_range(last + 1, n))
+        return;
+    sim_trace("grow", last + 1, n, was.map);
+    for (uint32_t k = 1; k <= n; k++) {
+        struct pte *p = pte_of(last + k);
+        p->map = was.map;
+        p->registered = was.registered;
+        p->prot = was.prot;
+    }
 }
 
 static void move_page(uint64_t from, uint64_t to, uint32_t map, bool keep)
@@ -308,12 +343,15 @@ static void remap(void)
     bool keep = sim_chance(3);
     if (n == 0 || (to = pick_place(n)) == 0)
         return;
-    bool registered = pte_of(from)->registered;
+    bool registered = pte_of(from)->registered, hole[FM_BLOCK_PAGES];
     S.map_next++;
-    for (uint32_t k = 0; k < n; k++)
+    for (uint32_t k = 0; k < n; k++) {
+        hole[k] = unknown(from + k);
         move_page(from + k, to + k, map, keep);
+    }
     if (!registered)
         return;
+    keep_empty(from, n, hole, 1);
     pend(from, n, 1);
     for (uint32_t k = 0; k < n; k++)
         pte_of(to + k)->busy++;
@@ -328,6 +366,7 @@ static void remap(void)
         S.changing--;
     }
     pend(from, n, -1);
+    keep_empty(from, n, hole, -1);
     for (uint32_t k = 0; k < n; k++)
         pte_of(to + k)->busy--;
 }
@@ -418,8 +457,10 @@ void program_thread(uint32_t id)
             discard();
         else if (what < 72)
             unmap();
-        else if (what < 80)
+        else if (what < 78)
             map_new();
+        else if (what < 80)
+            grow();
         else if (what < 86)
             remap();
         else if (what < 90)
