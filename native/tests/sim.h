@@ -207,7 +207,7 @@ void kernel_wake(uint64_t page, uint64_t n);
 void kernel_fault(uint64_t page, uint32_t bits);         /* the current coroutine blocks until it is woken */
 void kernel_zap(struct pte *p);
 void kernel_page_out(uint64_t page);                     /* takes it if it is clean, and nobody holds it */
-bool kernel_make_writable(uint64_t page);                /* false: it is poisoned */
+bool kernel_make_writable(uint64_t page);                /* false: it is poisoned, or unmapped */
 void kernel_event(enum event_kind kind, uint64_t page, uint64_t to, uint64_t n);  /* queue it, wait until it was read */
 bool same_vma(uint64_t a, uint64_t b);
 uint32_t event_unread(void);

@@ -108,12 +108,13 @@ void kernel_page_out(uint64_t page)
     kernel_zap(p);
 }
 
-/* Pages that are not registered, and copies after a fork, the kernel makes by itself. */
+/* Pages that are not registered, and copies after a fork, the kernel makes by itself.  Of the program's pages none is unmapped
+ * while it writes; one that the engine writes to may be. */
 bool kernel_make_writable(uint64_t page)
 {
     struct pte *p = pte_of(page);
     for (;;) {
-        if (p->poison)
+        if (p->poison || p->map == 0)
             return false;
         if (p->phys == PHYS_NONE) {
             if (p->registered)
