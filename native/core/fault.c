@@ -45,6 +45,7 @@ static enum fm_fault_result settle(struct fm_core *c, struct fm_block *b, uint32
     if (r == FM_AGAIN)
         return FM_FAULT_RETRY;
     if (r == FM_EXIST && b->state[i] != FM_RESIDENT) {
+        b->flags[i] |= FM_FOUND;         /* nobody has told us of it: it may have been freed (MADV_FREE) before we knew it */
         fm_charge(c, 1);
         fm_page_resident(c, b, i, 1);
     }
