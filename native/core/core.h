@@ -274,6 +274,7 @@ struct fm_core {
     uint32_t drops_n;
     uint32_t stayed;             /* the evictor's: pages in a row that did not leave though they were dropped */
     struct fm_range freeing;     /* where it drops just now: changed with the world shared, by the evictor alone */
+    uint64_t own_events;         /* bit k: the event of our own drop of freeing.page + k is still to come */
     struct fm_ranges astray;     /* where pages from there were moved meanwhile: see undo_astray() */
     uint64_t aside_page;         /* the evictor itself may wait for this page ... */
     uint32_t aside_frame;        /* ... and this frame is for it, once; FM_FRAME_NONE: used, or there is none */

@@ -118,6 +118,7 @@ static void freeing(struct fm_core *c, uint64_t page, uint64_t end)
     c->ops->enter(c->ctx);
     fm_assert(c->astray.n == 0);
     c->freeing = (struct fm_range){ page, end };
+    c->own_events = end - page < 64 ? (1ull << (end - page)) - 1 : ~0ull;
     c->ops->leave(c->ctx);
 }
 
@@ -240,6 +241,9 @@ static bool drop_run(struct fm_core *c, struct drop_run *run)
     bool all = true;
     freeing(c, run->page, run->page + run->n);
     enum fm_res r = c->ops->free_lazily(c->ctx, run->page, run->n);
+    c->ops->enter(c->ctx);
+    c->own_events = 0;                   /* of what was refused, or is not registered, none will come */
+    c->ops->leave(c->ctx);
     for (uint32_t k = 0; k < run->n; k++) {
         after[k] = drop_look(c, run->frame[k], r);
         if (after[k] == NOT_OURS)

@@ -52,15 +52,21 @@ void fm_page_discarded(struct fm_core *c, struct fm_block *b, uint32_t i)
     }
 }
 
+/* One event is our own drop's, whatever was moved to that place meanwhile: it takes nothing from a page that is not there.
+ * Should the program discard the page at the same time there are two, and it does not matter which is taken for which. */
+static bool own_event(struct fm_core *c, struct fm_block *b, uint32_t i)
+{
+    uint64_t k = b->page + i - c->freeing.page;
+    if ((c->own_events >> k & 1) == 0)
+        return false;
+    c->own_events &= ~(1ull << k);
+    b->flags[i] &= (uint16_t)~FM_DROPPING;
+    return true;
+}
+
 static void remove_page(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
     uint16_t keep = FM_QUEUED | FM_KEEP | FM_PINNED | FM_DISCARDED | FM_ZAPPING;
-    if ((b->flags[i] & FM_DROPPING) != 0) {
-        /* One event is our own drop's.  Should the program discard the page at the same time there are two, and it does
-         * not matter which is taken for which. */
-        b->flags[i] &= (uint16_t)~FM_DROPPING;
-        return;
-    }
     fm_page_discarded(c, b, i);
     switch ((enum fm_state)b->state[i]) {
     case FM_FRESH:
@@ -92,11 +98,13 @@ void fm_core_removed(struct fm_core *c, uint64_t page, uint64_t n)
     if (fm_defect(c, IGNORE_REMOVE) && c->evict_mode != FM_EVICT_COPY)
         return;
     struct walk w = { .page = page, .end = page + n };
+    bool may_be_own = page >= c->freeing.page && page + n <= c->freeing.end;
     uint64_t covered = 0;
     while (walk_next(c, &w)) {
         covered += w.n;
         for (uint32_t i = w.i; i < w.i + w.n; i++)
-            remove_page(c, w.b, i);
+            if (!may_be_own || !own_event(c, w.b, i))
+                remove_page(c, w.b, i);
         fm_extent_give_up(c, w.b);
     }
     if (covered < n) {
