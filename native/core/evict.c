@@ -79,6 +79,9 @@ struct run {
 static enum fm_res copy_begin(struct fm_core *c, struct fm_block *b, uint32_t i, struct run *run, struct batch *batch)
 {
     uint32_t f, made;
+    /* A zap that is still to come could hit it while it is FM_LAZY: then nobody would know why it is missing. */
+    if ((b->flags[i] & FM_DISCARDED) != 0 && __atomic_load_n(&c->zap_turn, __ATOMIC_ACQUIRE) - b->zap_turn < 2)
+        return FM_GONE;
     if (fm_frames_take(c, FM_FRAME_FREE, 1, &f) == 0) {
         if (run->frames > 0) {           /* taken for moving, and maybe the last ones */
             f = run->first++;
