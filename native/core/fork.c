@@ -83,6 +83,14 @@ void fm_core_copying(struct fm_core *c, bool on)
     __atomic_store_n(&c->copying, on, __ATOMIC_SEQ_CST);
 }
 
+/* A transfer that was about to start when its page let go of the slot would release it at its end: here it never ends. */
+static void release_orphans(struct fm_core *c)
+{
+    for (uint32_t f = 0; f < c->frames_n; f++)
+        if (c->frame[f].slot_orphan != 0)
+            fm_slot_release(&c->ledger, c->frame[f].slot);
+}
+
 void fm_core_forked(struct fm_core *c)
 {
     fm_lock free_lock = { 0 };
@@ -95,6 +103,7 @@ void fm_core_forked(struct fm_core *c)
     c->overdraft = 0;
     __builtin_memset(c->bits, 0, sizeof c->bits);
     __builtin_memset(c->kind_n, 0, sizeof c->kind_n);
+    release_orphans(c);
     fm_core_init(c, c->frames_n);          /* forgets the spare extent: it is the parent's */
     fm_assert(c->limbo == NULL);
     for (struct fm_block *b = c->blocks; b != NULL; b = b->next)
