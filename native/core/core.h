@@ -345,6 +345,8 @@ void fm_core_remapped(struct fm_core *c, uint64_t from, uint64_t to, uint64_t n)
 /* ---- ranges.c */
 void fm_ranges_add(struct fm_core *c, struct fm_ranges *r, uint64_t page, uint64_t end);
 void fm_ranges_cut(struct fm_core *c, struct fm_ranges *r, uint64_t page, uint64_t end);
+/* As a range of its own: what was there is cut, neighbours stay apart. */
+void fm_ranges_put(struct fm_core *c, struct fm_ranges *r, uint64_t page, uint64_t end);
 /* The first piece of r within [page, end); false: none. */
 bool fm_ranges_next(const struct fm_ranges *r, uint64_t page, uint64_t end, struct fm_range *piece);
 

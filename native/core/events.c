@@ -347,7 +347,7 @@ static void moved_in(struct fm_core *c, uint64_t page, uint64_t end)
             if (w.b->state[i] != FM_FRESH)
                 owe(c, w.b->page + i, w.b->page + i + 1);
     if (fm_ranges_next(&c->debts, page, end, &old))
-        fm_ranges_add(c, &c->arrivals, page, end);
+        fm_ranges_put(c, &c->arrivals, page, end);
 }
 
 /* The kernel ends the old range with an UNMAP of its own, unless MREMAP_DONTUNMAP keeps it: so it is in the list from now on,

@@ -63,6 +63,16 @@ void fm_ranges_cut(struct fm_core *c, struct fm_ranges *r, uint64_t page, uint64
     }
 }
 
+void fm_ranges_put(struct fm_core *c, struct fm_ranges *r, uint64_t page, uint64_t end)
+{
+    uint32_t k = 0;
+    fm_assert(page < end);
+    fm_ranges_cut(c, r, page, end);
+    while (k < r->n && r->at[k].page < page)
+        k++;
+    insert(c, r, k, (struct fm_range){ page, end });
+}
+
 bool fm_ranges_next(const struct fm_ranges *r, uint64_t page, uint64_t end, struct fm_range *piece)
 {
     for (uint32_t k = 0; k < r->n && r->at[k].page < end; k++) {
