@@ -501,9 +501,10 @@ static void mark_adopted(void)
  * budget by megabytes. */
 bool fm_prepare(void)
 {
-    if (!fm.prepared && fm_uffd_open()) {
+    if (!fm.prepared && !fm.not_held && fm_uffd_open()) {
         fm.prepared = fm_wire_hold();
-        if (!fm.prepared)
+        fm.not_held = !fm.prepared;
+        if (fm.not_held)
             fm_sys(SYS_close, fm.uffd);
     }
     return fm.prepared;

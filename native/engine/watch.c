@@ -162,7 +162,7 @@ void fm_watch_main(void *arg)
     (void)arg;
     fm.pid = (uint32_t)fm_sys(SYS_getpid);
     __builtin_memset(&watch, 0, sizeof watch);
-    fm.prepared = false;                 /* a parent's: it is no descriptor of this table */
+    fm.prepared = fm.not_held = false;   /* a parent's: it is no descriptor of this table */
     fm_usage_reset();
     if (!fm_descriptors_open() || !fm_wire_join(FM_SLOT_ANY)) {
         __atomic_store_n(&fm.state, FM_ENGINE_NONE, __ATOMIC_RELEASE);

@@ -166,7 +166,8 @@ right = all(page == bytes([i % 251]) * 4096 for i, page in enumerate(data))
 if pid == 0:
     os._exit(0 if right else 1)
 assert right and os.waitpid(pid, 0)[1] == 0
-print("ok")
+print("ok", flush=True)
+time.sleep(11)
 """
 
 
@@ -179,6 +180,7 @@ def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
         os.kill(supervisor, signal.SIGSTOP)
         try:
             go.touch()
+            assert job.out is not None and job.out.wait_for(b"ok", 9), "it was held up"
             assert job.process.wait(60) == 0
         finally:
             os.kill(supervisor, signal.SIGCONT)
