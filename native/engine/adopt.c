@@ -343,8 +343,6 @@ static void confirm_within(const struct mapping *m)
         struct span s = found[confirm.next];
         if (s.start >= m->start && s.end <= m->end)
             found[confirm.kept++] = s;
-        else if (s.end > m->end)
-            found[confirm.next].start = s.end;         /* of two mappings: in none */
     }
 }
 
