@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn
 from farmem import _native
 from farmem.answers import Answers, may_ask
 from farmem.budget import Budget
+from farmem.comers import on_the_way
 from farmem.job import LISTEN_BACKLOG, Job
 from farmem.messages import Printer, Ring
 from farmem.slots import Slots
@@ -31,8 +32,10 @@ lib = _native.lib
 
 POLL_PAGING_SECONDS = 0.02
 POLL_IDLE_SECONDS = 0.05
-# A child may be between its fork and its hello when its parent ends.
+# A child may be between its fork and its hello when its parent ends: so long nobody looks for any, and
+# so long whoever is seen to be on the way is waited for.
 END_GRACE_NS = 60_000_000
+COMERS_GRACE_NS = 10_000_000_000
 # Long enough for a command's children to end with it and have their summary printed.
 STDERR_GRACE_NS = 100_000_000
 FLUSH_SECONDS = 1.0
@@ -153,7 +156,9 @@ class Supervisor:
                 self._stderr_kept = False
                 self._printer.release()
             return False
-        return waited_ns > END_GRACE_NS and not self._slots.release_orphans()
+        if waited_ns <= END_GRACE_NS or self._slots.release_orphans():
+            return False
+        return waited_ns > COMERS_GRACE_NS or not on_the_way(self._job.name)
 
     def _print_messages(self, is_last: bool = False) -> None:
         for line in self._ring.read(is_last):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -192,3 +193,17 @@ def test_a_shell_pipeline_of_forks() -> None:
     script = "for i in 1 2 3 4 5; do (echo $i | cat | tr 1-5 a-e); done"
     result = run_farmem([shell, "-c", script], local=LOCAL)
     assert result.stdout == b"a\nb\nc\nd\ne\n"
+
+
+def test_a_child_that_comes_late(tmp_path: Path) -> None:
+    """Its parent, the command, has long ended when it takes its first step: it is managed all the
+    same, and the job is not over before it has gone."""
+    with start_farmem([compile_c("slow_child"), str(tmp_path)], local=LOCAL) as job:
+        assert job.process.wait(30) == 0
+        child = int((tmp_path / "child").read_text())
+        time.sleep(0.5)  # longer than the supervisor waits where it sees nobody
+        os.kill(child, signal.SIGCONT)
+        result = job.finish()
+    assert_ok(result)
+    assert_paged(result.stats, 1000, 1000)
+    assert result.stats is not None and result.stats["processes_adopted"] == 1, result.describe()
