@@ -170,15 +170,17 @@ static struct {
     uint64_t file_end;          /* where the last mapping of a shared library ended: its .bss begins there */
     uint32_t run_first;         /* in found[] */
     uint64_t run_end, run_bytes;
+    bool run_managed;           /* a part of it is managed already: a rest of what was larger, and maybe grown in place since */
     bool io_uring;
 } scan;
 
 static void end_run(void)
 {
-    if (scan.run_bytes < SMALLEST_BYTES)
+    if (scan.run_bytes < SMALLEST_BYTES && !scan.run_managed)
         found_n = scan.run_first;
     scan.run_first = found_n;
     scan.run_bytes = 0;
+    scan.run_managed = false;
 }
 
 static void candidate(uint64_t start, uint64_t end)
@@ -187,7 +189,9 @@ static void candidate(uint64_t start, uint64_t end)
         return;
     if (start != scan.run_end)
         end_run();
+    struct fm_range r;
     found[found_n++] = (struct span){ start, end };
+    scan.run_managed |= fm_ranges_next(&fm.core.managed, start / FM_PAGE_BYTES, end / FM_PAGE_BYTES, &r);
     scan.run_bytes += end - start;
     scan.run_end = end;
 }

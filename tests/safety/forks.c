@@ -7,6 +7,7 @@
  *   many      COUNT forks in a row, memory discarded and rewritten in between
  *   malloc    fork while other threads allocate; the child allocates, opens files, execs
  *   thread    fork from a thread that is not the first one
+ *   grown     the small rest of a mapping grows in place, and is used, before each fork
  *   plain     no fork, for comparison of what is left behind */
 #include "safety.h"
 
@@ -237,6 +238,31 @@ static void mode_thread(long count)
     }
 }
 
+/* Alone in its neighbourhood, and small: what is left of it would not be worth managing by itself. */
+static void mode_grown(long count)
+{
+    const size_t large = 4 * MIB, small = 64 << 10, grown = 128 << 10;
+    char *place = map(3 * large) + large;
+    munmap(place - large, large);
+    munmap(place + large, large);
+    fill(place, large, 1);
+    prepare(1);
+    pressure_until_away(place, large, 3);
+    munmap(place + small, large - small);
+    for (long i = 0; i < count; i++) {
+        CHECK(mremap(place, small, grown, 0) == place);
+        fill(place, grown, (uint64_t)i + 2);
+        pid_t pid = start();
+        if (pid == 0) {
+            verify(place, grown, (uint64_t)i + 2, "child, of a mapping that had grown");
+            _exit(0);
+        }
+        reap_ok(pid, "child");
+        verify(place, grown, (uint64_t)i + 2, "parent, of a mapping that has grown");
+        CHECK(mremap(place, grown, small, 0) == place);
+    }
+}
+
 static void mode_plain(long count)
 {
     for (long i = 0; i < count; i++) {
@@ -253,7 +279,7 @@ int main(int argc, char **argv)
         long count;
     } modes[] = {{"child", mode_child, 3},   {"double", mode_double, 2}, {"grand", mode_grand, 3},
                  {"daemon", mode_daemon, 1}, {"many", mode_many, 200},   {"malloc", mode_malloc, 6},
-                 {"thread", mode_thread, 2}, {"plain", mode_plain, 2}};
+                 {"thread", mode_thread, 2}, {"grown", mode_grown, 5},   {"plain", mode_plain, 2}};
     CHECK(argc > 1);
     for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
         if (strcmp(modes[i].name, argv[1]) != 0)

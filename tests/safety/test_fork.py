@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.safety, pytest.mark.uffd]
 LOCAL = "32M"
 DEVICE = Path("/dev/userfaultfd")
 DEVICE_GROUP = 64123  # a number is enough: the group needs no name
-MODES = ["child", "double", "grand", "many", "malloc", "thread"]
+MODES = ["child", "double", "grand", "many", "malloc", "thread", "grown"]
 
 
 @pytest.fixture(scope="module")
