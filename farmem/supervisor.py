@@ -32,8 +32,8 @@ lib = _native.lib
 
 POLL_PAGING_SECONDS = 0.02
 POLL_IDLE_SECONDS = 0.05
-# A child may be between its fork and its hello when its parent ends: so long nobody looks for any, and
-# so long whoever is seen to be on the way is waited for.
+# A child may be between its fork and its hello when its parent ends: so long nobody looks for any,
+# and so long whoever is seen to be on the way is waited for.
 END_GRACE_NS = 60_000_000
 COMERS_GRACE_NS = 10_000_000_000
 # Long enough for a command's children to end with it and have their summary printed.
@@ -212,7 +212,8 @@ class Supervisor:
         if isinstance(message, Hello):
             kept = self._welcome(connection, message)
         elif process is not None:
-            kept = self._hold(connection, process, message)
+            self._hold(process, message)
+            kept = True
         else:
             for fd in message:
                 os.close(fd)
@@ -260,14 +261,13 @@ class Supervisor:
         process.slot = slot
         return slot
 
-    def _hold(self, connection: Connection, process: Process, fds: list[int]) -> bool:
+    def _hold(self, process: Process, fds: list[int]) -> None:
         """Keep the duplicates until the process has gone."""
         if self._job.control.defects & lib.FM_DEFECT_NO_DUPLICATE:
             for fd in fds:
                 os.close(fd)
         else:
             process.userfaultfds += fds
-        return self._wire.send_ack(connection, process.slot)
 
     def _watch(self, process: Process) -> None:
         self._processes[process.pid] = process
@@ -328,6 +328,7 @@ def _become_supervisor() -> None:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write("farmem-job")
+    lib.fm_choose_soon()  # a program that is not in the job yet may fill its memory meanwhile
 
 
 class Launch(NamedTuple):

@@ -134,10 +134,6 @@ class Wire:
         """Tell the slot, and hand over the job's memory."""
         return _send(connection, lib.FM_WIRE_WELCOME, slot, fds)
 
-    def send_ack(self, connection: Connection, slot: int | None) -> bool:
-        """The duplicate is held."""
-        return _send(connection, lib.FM_WIRE_ACK, lib.FM_SLOT_ANY if slot is None else slot, [])
-
     def send_refused(self, connection: Connection) -> None:
         """Not of this job, of another version, or no room."""
         _send(connection, lib.FM_WIRE_REFUSED, lib.FM_SLOT_ANY, [])

@@ -499,14 +499,12 @@ static void mark_adopted(void)
     __atomic_store_n(&fm.proc->state, FM_PROC_ADOPTED, __ATOMIC_RELEASE);
 }
 
-/* The supervisor has other things to do: while its answer is waited for a program that is growing would outgrow its
- * budget by megabytes. */
+/* A userfaultfd, and a duplicate of it with the supervisor. */
 bool fm_prepare(void)
 {
-    if (!fm.prepared && !fm.not_held && fm_uffd_open()) {
+    if (!fm.prepared && fm_uffd_open()) {
         fm.prepared = fm_wire_hold();
-        fm.not_held = !fm.prepared;
-        if (fm.not_held)
+        if (!fm.prepared)
             fm_sys(SYS_close, fm.uffd);
     }
     return fm.prepared;

@@ -111,7 +111,6 @@ struct fm_engine {
     uint32_t shares_memory;            /* since a fork, with a parent or a child */
     bool keeper;
     bool prepared;                     /* the userfaultfd is open, and held by the supervisor too */
-    bool not_held;                     /* ... did not answer: it counts as gone, its late answer would be to something else */
     bool gave_up;                      /* memory is short and can't be managed; said once */
 };
 

@@ -16,11 +16,11 @@
 #include <time.h>
 
 #include "engine/engine.h"
+#include "engine/slice.h"
 #include "fm_assert.h"
 
 #define HEAP_STEP (2ull << 20)
 #define KEEPER_GRACE_MS 2000
-#define SLICE_NS 100000ull
 
 struct start {
     void (*run)(void *);
@@ -50,27 +50,10 @@ void fm_futex_wait(uint32_t *word, uint32_t seen, int64_t timeout_ns)
 
 void fm_futex_wake(uint32_t *word, int n) { fm_sys(SYS_futex, word, FUTEX_WAKE_PRIVATE, n); }
 
-/* Our threads run briefly, and the program's wait for them: a short slice makes the scheduler choose them soon when they
- * wake, at no greater share of the processor (Linux 6.12 and newer; before, it says no). */
-static void run_soon(void)
-{
-    struct {
-        uint32_t size, policy;
-        uint64_t flags;
-        int32_t nice;
-        uint32_t priority;
-        uint64_t runtime, deadline, period;
-    } a;
-    if (fm_sys(SYS_sched_getattr, 0, &a, sizeof a, 0) != 0 || a.policy != SCHED_NORMAL)
-        return;
-    a.runtime = SLICE_NS;
-    fm_sys(SYS_sched_setattr, 0, &a, 0);
-}
-
 static void run_thread(struct start *s)
 {
     fm_sys(SYS_prctl, PR_SET_NAME, "farmem");
-    run_soon();
+    fm_run_soon();
     s->run(s->arg);
     fm_sys(SYS_exit, 0);
     __builtin_unreachable();

@@ -11,8 +11,8 @@
 #include "fm_assert.h"
 
 #define MIB (1ull << 20)
-#define FILL_BYTES_PER_NS 4ull          /* how fast a program may grow: decides when to look again */
-#define PREPARE_PART 4u                 /* of its share of the budget: from there on adoption is prepared */
+#define FILL_BYTES_PER_NS 16ull         /* how fast a program may grow (huge pages: 7 were seen): decides when to look again */
+#define PREPARE_PART 16u                /* of its share of the budget: from there on adoption is prepared */
 #define LOOK_MIN_NS 300000ull
 #define LOOK_MAX_NS 10000000ull
 /* After a discard's event has been read the kernel still has to carry it out.  Nothing tells when it has, except for
@@ -162,7 +162,7 @@ void fm_watch_main(void *arg)
     (void)arg;
     fm.pid = (uint32_t)fm_sys(SYS_getpid);
     __builtin_memset(&watch, 0, sizeof watch);
-    fm.prepared = fm.not_held = false;   /* a parent's: it is no descriptor of this table */
+    fm.prepared = false;                 /* a parent's: it is no descriptor of this table */
     fm_usage_reset();
     if (!fm_descriptors_open() || !fm_wire_join(FM_SLOT_ANY)) {
         __atomic_store_n(&fm.state, FM_ENGINE_NONE, __ATOMIC_RELEASE);

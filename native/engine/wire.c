@@ -145,14 +145,9 @@ bool fm_wire_join(uint32_t slot)
 
 bool fm_wire_refused(void) { return refused; }
 
-/* Nothing is managed before the supervisor holds a duplicate of the userfaultfd. */
-bool fm_wire_hold(void)
-{
-    struct fm_wire w;
-    int fds[FDS_MAX];
-    uint32_t got;
-    return send_wire(FM_WIRE_HOLD, fm.slot, fm.uffd) && receive_wire(&w, fds, &got) == FM_WIRE_ACK;
-}
+/* Nothing is managed before the supervisor has a duplicate of the userfaultfd. It has when this returns, however late it
+ * reads the message: what is under way to a socket is open. An answer need not be waited for, while the program grows. */
+bool fm_wire_hold(void) { return send_wire(FM_WIRE_HOLD, fm.slot, fm.uffd); }
 
 bool fm_wire_alive(void)
 {

@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 4
+#define FM_CONTROL_VERSION 5
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -204,8 +204,7 @@ enum fm_wire_kind {
     FM_WIRE_HELLO = 1,                /* engine: token, slot (FM_SLOT_ANY, or the one reserved by a parent) */
     FM_WIRE_WELCOME = 2,              /* supervisor: slot; with descriptors: control, pool ledger, pool */
     FM_WIRE_HOLD = 3,                 /* engine, with its userfaultfd: to be held until the process has gone */
-    FM_WIRE_ACK = 4,                  /* supervisor: it holds the duplicate */
-    FM_WIRE_REFUSED = 5               /* supervisor: wrong token or version, or the ledger is full */
+    FM_WIRE_REFUSED = 4               /* supervisor: wrong token or version, or the ledger is full */
 };
 #define FM_SLOT_ANY 0xffffffff
 struct fm_wire {

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "control.h"
+#include "engine/slice.h"
 #include "engine/uffd_api.h"
 
 /* Newer than the oldest kernel headers that we build with. */
@@ -168,3 +169,5 @@ void fm_word_write(uint64_t *word, uint64_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }
+
+void fm_choose_soon(void) { fm_run_soon(); }

@@ -48,6 +48,8 @@ int fm_word_swap(uint32_t *word, uint32_t from, uint32_t to);
 uint64_t fm_word_read(uint64_t *word);
 /* Store a word that other processes read at any time. */
 void fm_word_write(uint64_t *word, uint64_t value);
+/* Ask the scheduler to choose the calling thread soon when it wakes. */
+void fm_choose_soon(void);
 /* cdef ends */
 
 #endif

@@ -172,7 +172,8 @@ time.sleep(11)
 
 
 def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
-    """A program that is about to be adopted, and forks meanwhile, goes on without being managed."""
+    """A program that is about to be adopted, and forks meanwhile, goes on and is managed: what it
+    has sent to the supervisor is as good as received."""
     go = tmp_path / "go"
     with start_farmem([sys.executable, "-c", GROWS_AND_FORKS, str(go)], local=LOCAL) as job:
         supervisor = job.supervisor()
@@ -180,10 +181,10 @@ def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
         os.kill(supervisor, signal.SIGSTOP)
         try:
             go.touch()
-            assert job.out is not None and job.out.wait_for(b"ok", 9), "it was held up"
+            assert job.out is not None and job.out.wait_for(b"ok", 30), "it was held up"
             assert job.process.wait(60) == 0
         finally:
             os.kill(supervisor, signal.SIGCONT)
         result = job.finish(30)
         assert result.stdout == b"ok\n"
-        assert b"can't be managed" in result.stderr, result.describe()
+        assert_paged(result.stats, 1000, 1000)

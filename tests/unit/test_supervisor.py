@@ -217,7 +217,7 @@ def test_a_duplicate_is_released_when_the_process_has_gone(job: JobRun) -> None:
         "e = Engine().hello()\n"
         "r, w = os.pipe()\n"
         "if os.fork() == 0:\n"
-        "    e = Engine().hello(); e.send(lib.FM_WIRE_HOLD, e.slot, (w,)); e.receive()\n"
+        "    e = Engine().hello(); e.send(lib.FM_WIRE_HOLD, e.slot, (w,))\n"
         "    os._exit(0)\n"
         "os.close(w); os.wait()\n"
         "assert os.read(r, 1) == b''\n"
