@@ -4,7 +4,8 @@ Engine threads have no libc, and no library may live on the program's heap.  Wha
 (TLS, verbs) is done by a small program in C beside the job.  Here is how it is started, heard,
 started again when it dies, and ended; nothing here knows what it does.
 
-    agent = Agent("farmem-tls", ["--certificates", folder], fds=[listener.fileno()])
+    path = program_path("farmem-tls", "libssl-dev")   # FarmemError: not built; what to install
+    agent = Agent(path, [folder, host], fds=[listener.fileno()])
     agent.start(deadline)       # before the command starts; FarmemError: it can't do its work
     agent.failure()             # why something that was tried through it went wrong, if it said so
     agent.keep(say)             # in the supervisor, and there alone: watched from now on
@@ -14,7 +15,9 @@ What the program finds: its stdin, stdout and stderr are one stream socket, the 
 are `fds`; nothing else is open, nothing of the caller.  It is nobody's child, in a session of its
 own and in /, with SIGHUP, SIGINT, SIGTERM and SIGPIPE ignored, and its environment is what it was
 given.  Only `farmem run` until it becomes the command, and then the supervisor, hold the other end
-of the leash: when the program reads its end, the job has gone, and it is to end as well.
+of the leash: when the program reads its end, the job has gone, and it is to end as well.  (Where
+the supervisor alone was killed the command may live on: an agent may stay as long as an engine of
+the job is connected to it.  Nobody starts it again then.)
 
 What it writes are lines: `ready` once it serves, or `refused<TAB>WHAT<TAB>HINT`, and it ends.
 `failed<TAB>WHAT<TAB>HINT`, at any time: something could not be done.  It writes that *before* it
@@ -84,6 +87,7 @@ class Agent:
         self._rest = b""
         self._lines: list[str] = []
         self._ended = False
+        self._keeper: threading.Thread | None = None
         self._ending = threading.Lock()
         self._recent: list[float] = []
         self._talk = _Talk(_LINES_PER_SECOND)
@@ -97,13 +101,13 @@ class Agent:
                 self._lines.append(line)  # what a library has to say first
                 line = self.hear(deadline, waiting=False)
         except TimeoutError as error:
-            self._end_process()
+            self._abandon()
             raise FarmemError(f"{self.name} does not start", "try again") from error
         self.starts += 1
         if line == _READY:
             return
         said = line or (self._lines[-1] if self._lines else "")
-        self._end_process()
+        self._abandon()
         if not said.startswith(_REFUSED + "\t"):
             said = f"{_REFUSED}\t{self.name} has ended: {said or 'without a word'}\ttry again"
         raise _error_of(said)
@@ -145,12 +149,17 @@ class Agent:
             if self._talk.may():
                 say(f"{self.name}: {printable(line)}")
 
-        threading.Thread(target=self._work, args=(say, heard or aloud), daemon=True).start()
+        work = (say, heard or aloud)
+        self._keeper = threading.Thread(target=self._work, args=work, daemon=True)
+        self._keeper.start()
 
     def stop(self) -> None:
         """End it: it is told so by the end of its leash, and killed if it does not listen."""
         self._ended = True
-        self._end_process()
+        if self._keeper is None:
+            self._abandon()
+        else:
+            self._end_process()  # the thread that reads the leash closes it
 
     # ---- the inside
 
@@ -171,7 +180,7 @@ class Agent:
         while not self._ended:
             line = self.hear()
             if self._ended:
-                return
+                break
             if line is None:
                 self._start_again(say)
             elif line.startswith(_FAILED + "\t"):
@@ -179,6 +188,7 @@ class Agent:
                     say(f"warning: {_error_of(line).what}")
             else:
                 heard(line)
+        self._abandon()
 
     def _start_again(self, say: Callable[[str], None]) -> None:
         """Until it serves.  What it did meanwhile waits, as long as the pool's time-out allows."""
@@ -186,7 +196,7 @@ class Agent:
         told = ""
         while not self._ended:
             time.sleep(self._pause_seconds())
-            self._end_process()
+            self._abandon()
             try:
                 self.start(time.monotonic() + START_SECONDS)
                 return
@@ -214,11 +224,9 @@ class Agent:
                 os.waitpid(middle, 0)
             tell.close()
             _, pidfds, _, _ = socket.recv_fds(told, 1, 1)
-        if self._leash is not None:
-            self._leash.close()
         self._leash, self._rest, self._lines = ours, b"", []
         if not pidfds:
-            self._end_process()
+            self._abandon()
             raise FarmemError(f"{self.name} could not be started", "try again")
         self._pidfd = pidfds[0]
         os.set_inheritable(self._pidfd, False)
@@ -254,6 +262,14 @@ class Agent:
             os.write(2, f"refused\t{self.name} can't be executed: {error}\ttry again\n".encode())
         finally:
             os._exit(127)
+
+    def _abandon(self) -> None:
+        """By whoever hears it."""
+        self._end_process()
+        with self._ending:
+            leash, self._leash = self._leash, None
+        if leash is not None:
+            leash.close()
 
     def _end_process(self) -> None:
         """By stop(), or by the thread that hears it: that one may be reading the leash."""

@@ -23,6 +23,7 @@ from farmem.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, FarmemError
 from farmem.filters import Filter, write_filters
 from farmem.pools import Pool, smaller_pool_hint
 from farmem.sizes import format_bytes
+from farmem.tls import Tls
 
 if TYPE_CHECKING:
     from farmem.poolfile import PoolFile
@@ -56,6 +57,7 @@ class Request(NamedTuple):
     file_io: int = 0
     file_direct: bool = True
     pool_timeout_ns: int = POOL_TIMEOUT_NS
+    tls: Tls = Tls()
 
 
 class Memory:
@@ -168,7 +170,7 @@ def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServer, Reque
     if pool.server is not None:
         from farmem.poolserver import PoolServer
 
-        there = PoolServer(pool)
+        there = PoolServer(pool, request.tls)
         return there, request._replace(pool=pool._replace(capacity_bytes=there.capacity_bytes))
     if pool.path:
         from farmem.poolfile import PoolFile

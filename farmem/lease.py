@@ -1,8 +1,8 @@
 """A lease of memory on a `farmem serve`: got before the job, renewed while it runs, given back.
 
-The server's control channel is HTTP with JSON.  Every call makes a connection of its own and has
-one deadline for all of it.  The token is a secret: it is in no message, no argument and no
-environment.
+The server's control channel is HTTP with JSON, with TLS where that is wanted.  Every call makes a
+connection of its own and has one deadline for all of it.  The token is a secret: it is in no
+message, no argument and no environment.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from farmem.errors import FarmemError
 from farmem.running import printable
 from farmem.servers import Address, Server, connect, seconds_left, why
+from farmem.tls import ON, PLAIN, NoTls, Secure, Tls
 
 ANSWER_BYTES_MAX = 1 << 16
 RENEW_SECONDS = 5.0
@@ -52,9 +53,16 @@ class Answer(NamedTuple):
 class Control:
     """The control channel of one server."""
 
-    def __init__(self, server: Server, addresses: list[Address]) -> None:
+    def __init__(self, server: Server, addresses: list[Address], tls: Tls = PLAIN) -> None:
         self.server = server
         self.addresses = addresses
+        self._may_be_plain = tls.mode == ON
+        self._secure = Secure(server, tls.folder) if tls.is_wanted else None
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it has been spoken to with TLS."""
+        return self._secure is not None
 
     def call(
         self, method: str, path: str, deadline: float, body: Any = None, token: str = ""
@@ -68,12 +76,38 @@ class Control:
             lines += ["Content-Type: application/json"]
         if body is not None or method == "POST":
             lines += [f"Content-Length: {len(data)}"]
+        request = "\r\n".join([*lines, "", ""]).encode() + data
+        with self._connected(deadline) as sock:
+            return self._understood(self._exchanged(sock, request, deadline))
+
+    def _connected(self, deadline: float) -> socket.socket:
         sock, address = connect(self.addresses, deadline)
         self.addresses = [address]
-        with sock:
-            sock.settimeout(seconds_left(deadline))
-            sock.sendall("\r\n".join([*lines, "", ""]).encode() + data)
-            return self._understood(_receive(sock, deadline))
+        if self._secure is None:
+            return sock
+        try:
+            return self._secure.begin(sock, deadline)
+        except NoTls:
+            if not self._may_be_plain:
+                raise
+        self._secure = None
+        return self._connected(deadline)
+
+    def _exchanged(self, sock: socket.socket, request: bytes, deadline: float) -> bytes:
+        if self._secure is None:
+            return _exchange(sock, request, deadline)
+        import ssl
+
+        self._may_be_plain = False  # what has spoken TLS once does so always
+        try:
+            data = _exchange(sock, request, deadline)
+        except ssl.SSLError as error:
+            raise self._secure.error_of(error) from error
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise self._secure.unanswered()
+        return data
 
     def _understood(self, data: bytes) -> Answer:
         response = http.client.HTTPResponse(_Bytes(data))  # type: ignore[arg-type]
@@ -104,7 +138,9 @@ def unreachable(server: Server, error: OSError) -> FarmemError:
     return FarmemError(f"pool {server.url!r}: {server.name} can't be reached: {why(error)}", hint)
 
 
-def _receive(sock: socket.socket, deadline: float) -> bytes:
+def _exchange(sock: socket.socket, request: bytes, deadline: float) -> bytes:
+    sock.settimeout(seconds_left(deadline))
+    sock.sendall(request)
     data = b""
     while len(data) <= ANSWER_BYTES_MAX:
         sock.settimeout(seconds_left(deadline))
@@ -218,7 +254,9 @@ def acquire(control: Control, wanted_bytes: int | None, most_bytes: int, deadlin
     if wanted_bytes is None:
         wanted_bytes = _what_there_is(control, most_bytes, deadline)
     job = f"{socket.gethostname()} {os.getpid()}"
-    request = {"bytes": wanted_bytes, "job": job, "tenant": _user()}
+    request = {"bytes": wanted_bytes, "job": job}
+    if not control.is_tls:  # else the tenant is who our certificate says
+        request["tenant"] = _user()
     return Lease(control, control.asked("POST", "/v1/leases", deadline, request))
 
 

@@ -28,7 +28,7 @@ _LEAST_BYTES, _MOST_BYTES = 4096, 128 << 10
 _REFUSED = {
     1: ("does not know how to open an export by NBD_OPT_GO", "use a newer NBD server"),
     2: ("refuses the export", "see what the server allows"),
-    5: ("wants TLS, which farmem can't do yet", "let the server listen without it"),
+    5: ("wants TLS", "say --tls=require --tls-certificates FOLDER"),
     6: ("has no such export", "see what the server exports, as with: nbdinfo --list"),
     7: ("is shutting down", "name another server"),
 }
@@ -97,8 +97,15 @@ def _usable(export: Export, what: str) -> Export:
     return export
 
 
-def say_goodbye(sock: socket.socket) -> None:
-    """End the connection as the protocol wants it."""
+def say_goodbye(sock: socket.socket, deadline: float | None = None) -> None:
+    """End the connection as the protocol wants it; with a deadline, wait until it has ended.
+
+    An agent for TLS takes a client that just hangs up for one that wants nothing sent any more.
+    """
     with contextlib.suppress(OSError):  # it has gone first
         sock.sendall(struct.pack("!IHHQQI", 0x25609513, 0, 2, 0, 0, 0))
+        if deadline is not None:
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(seconds_left(deadline))
+            sock.recv(1)
     sock.close()

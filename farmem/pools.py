@@ -22,6 +22,7 @@ SERVER_SCHEMES = {
     "tcp": "memory of another host: a farmem serve",
     "unix": "a farmem serve on this host, by its socket",
     "nbd": "an NBD server's export",
+    "nbds": "an NBD server's export, with TLS",
     "nbd+unix": "an NBD server on this host, by its socket",
 }
 # More is only used when it was asked for: the ledger of a pool costs address space.
@@ -32,7 +33,7 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
     "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, unix:///PATH, "
-    "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
+    "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
 )
 FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 

@@ -1,21 +1,34 @@
 """An open pool on another host: what the job needs to know of it, and what keeps it alive.
 
-Within five seconds it is there, or there is an error that names the server.
+Within five seconds it is there, or there is an error that names the server.  With TLS what the
+engines connect to is an agent's socket (tlsagent.py), and the agent connects to the server.
 """
 
 import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farmem import _native
 from farmem.errors import FarmemError
 from farmem.lease import Control, Lease, acquire, unreachable
-from farmem.nbd import ask_export, say_goodbye
+from farmem.nbd import Export, ask_export, say_goodbye
 from farmem.pools import EXTENT_BYTES, Pool, host_memory_bytes
-from farmem.servers import NAME_BYTES_MAX, REACH_SECONDS, Address, Server, addresses_of, connect
+from farmem.servers import (
+    NAME_BYTES_MAX,
+    REACH_SECONDS,
+    Address,
+    Server,
+    addresses_of,
+    connect,
+    reachable,
+)
 from farmem.sizes import format_bytes
+from farmem.tls import HOW_TO, NO_TLS, PLAIN, REQUIRE, NoTls, Tls
+
+if TYPE_CHECKING:
+    from farmem.tlsagent import TlsAgent
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -25,10 +38,12 @@ class PoolServer:
 
     is_direct = False
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, tls: Tls = PLAIN) -> None:
         assert pool.server is not None
         self._server = pool.server
+        self._tls = tls
         self._lease: Lease | None = None
+        self._agent: TlsAgent | None = None
         self._export = pool.server.export
         self._there: Any = None
         deadline = time.monotonic() + REACH_SECONDS
@@ -45,18 +60,16 @@ class PoolServer:
     def _open(self, deadline: float) -> None:
         server = self._server
         addresses = addresses_of(server, deadline)
+        tls = self._tls.toward(server, addresses)
         most_bytes: int | None = None
         if server.leases:
-            control = Control(server, addresses)
+            control = Control(server, addresses, tls)
             self._lease = acquire(control, server.size_bytes, host_memory_bytes(), deadline)
             addresses = _data_addresses(server, self._lease, control.addresses, deadline)
+            tls = self._tls_of_data(control, addresses)
             self._export = _export_of(self._lease)
             most_bytes = self._lease.size_bytes
-        sock, self._address = connect(addresses, deadline)
-        try:
-            export = ask_export(sock, self._export, f"pool {server.url!r}", deadline)
-        finally:
-            say_goodbye(sock)
+        export = self._ask(addresses, tls, deadline)
         size_bytes = export.size_bytes if most_bytes is None else most_bytes
         if export.size_bytes < size_bytes:
             raise FarmemError(
@@ -70,6 +83,58 @@ class PoolServer:
                 f"{format_bytes(EXTENT_BYTES)} are the least",
             )
 
+    def _tls_of_data(self, control: Control, addresses: list[Address]) -> Tls:
+        """The data is spoken to as the control channel was; the server must think so too."""
+        assert self._lease is not None
+        server, wants_tls = self._server, bool(self._lease.data.get("tls"))
+        if isinstance(addresses[0].where, str):
+            return PLAIN
+        if control.is_tls and not wants_tls:
+            raise NoTls(
+                f"{server.name} offers no TLS for the data", "see that it is a farmem server"
+            )
+        if wants_tls and not control.is_tls:
+            raise FarmemError(f"{server.name} wants TLS", HOW_TO)
+        return self._tls.toward(server, addresses)
+
+    def _ask(self, addresses: list[Address], tls: Tls, deadline: float) -> Export:
+        """What the export is; and from now on it is known how engines get there."""
+        if tls.is_wanted:
+            try:
+                return self._ask_agent(reachable(addresses, deadline), tls.folder, deadline)
+            except NoTls:
+                self._stop_agent()
+                if tls.mode == REQUIRE:
+                    raise
+        sock, self._address = connect(addresses, deadline)
+        try:
+            return ask_export(sock, self._export, f"pool {self._server.url!r}", deadline)
+        finally:
+            say_goodbye(sock)
+
+    def _ask_agent(self, address: Address, folder: str, deadline: float) -> Export:
+        from farmem.tlsagent import TlsAgent
+
+        host = self._server.host
+        if self._lease is not None:
+            host = self._lease.data.get("host") or host
+        self._agent = agent = TlsAgent(folder, host, address)
+        agent.start(deadline)
+        sock, self._address = connect([agent.address], deadline)
+        try:
+            export = ask_export(sock, self._export, f"pool {self._server.url!r}", deadline)
+            say_goodbye(sock, deadline)
+            return export
+        except OSError as error:
+            failure = agent.failure()
+            if failure is None:
+                raise
+            kind = NoTls if failure.what.endswith(NO_TLS) else FarmemError
+            what = f"pool {self._server.url!r}: {failure.what}"
+            raise kind(what, failure.hint) from error
+        finally:
+            sock.close()
+
     def fill(self, control: Any, timeout_ns: int) -> None:
         """Tell the engine where it is."""
         self._there = there = control.pool_server
@@ -82,19 +147,27 @@ class PoolServer:
         ffi.memmove(there.name, name, len(name))
 
     def keep(self, say: Callable[[str], None]) -> None:
-        """The supervisor's: see that the memory stays ours."""
+        """The supervisor's: see that the memory stays ours, and can be reached."""
         if self._lease is not None:
             self._lease.keep(say, self._is_lost)
+        if self._agent is not None:
+            self._agent.keep(say)
 
     def _is_lost(self) -> None:
         """The engines need not wait for what does not come."""
         lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, 1)
 
     def release(self) -> None:
-        """Give the lease back, if there is one."""
+        """Give the lease back, if there is one, and end the agent."""
+        self._stop_agent()
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+    def _stop_agent(self) -> None:
+        if self._agent is not None:
+            self._agent.stop()
+            self._agent = None
 
     def discard(self) -> None:
         """The job has ended, or never began."""
@@ -103,10 +176,6 @@ class PoolServer:
 
 def _export_of(lease: Lease) -> bytes:
     export = lease.data.get("export")
-    if lease.data.get("tls"):
-        raise FarmemError(
-            "the server wants TLS, which farmem can't do yet", "start it with --tls=off"
-        )
     if not isinstance(export, str) or not 0 < len(export.encode()) <= lib.FM_POOL_EXPORT_BYTES:
         raise FarmemError("the server's lease has no export", "see that it is a farmem server")
     return export.encode()

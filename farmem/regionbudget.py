@@ -75,7 +75,8 @@ class Budget:
     `local` is a number of bytes or a size such as "4G", at least "16M"; `pool` and `filters`
     are those of `farmem run`.  Messages about lost pages and the like go to stderr; with
     `quiet=False` a summary at the end as well.  `no_pinned_io=True` vouches that nobody pins
-    a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be told.
+    a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be told.  A pool
+    on another host needs `tls_certificates="FOLDER"`, or `tls="off"`, as for `farmem run`.
 
     In a program that was started by `farmem run` the budget is the job's: `Budget.current()`.
     """
@@ -88,6 +89,8 @@ class Budget:
         filters: Sequence[str] = (),
         quiet: bool = True,
         no_pinned_io: bool = False,
+        tls: str = "",
+        tls_certificates: str = "",
     ) -> None:
         from farmem.regionjob import start_job
 
@@ -98,6 +101,8 @@ class Budget:
             "filters": [filters] if isinstance(filters, str) else list(filters),
             "quiet": quiet,
             "no_pinned_io": no_pinned_io,
+            "tls": tls,
+            "tls_certificates": tls_certificates,
         }
         with _lock:
             there = _inherited()

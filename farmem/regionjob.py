@@ -59,6 +59,7 @@ def _request(wanted: dict[str, Any]) -> Any:
     from farmem.filters import parse_filters
     from farmem.job import DEFECTS_VARIABLE, EVICT_VARIABLE, Request
     from farmem.pools import parse_pool
+    from farmem.tls import parse_tls
 
     checks.check_budget(wanted["budget_bytes"], 'farmem.Region(size, local="16M")')
     defects, evict_mode = 0, _native.lib.FM_EVICT_AUTO
@@ -78,6 +79,7 @@ def _request(wanted: dict[str, Any]) -> Any:
         userfaultfd_way=checks.check_userfaultfd(wanted["no_pinned_io"], for_regions=True).way,
         defects=defects,
         evict_mode=evict_mode,
+        tls=parse_tls(wanted["tls"], wanted["tls_certificates"]),
     )
 
 

@@ -1,11 +1,13 @@
 """Pools on other hosts: their URLs, and how a server is reached before the program starts.
 
 `tcp://HOST:PORT` and `unix:///PATH` are where a `farmem serve` leases memory,
-`nbd://HOST[:PORT]/EXPORT` and `nbd+unix:///EXPORT?socket=PATH` any NBD server's export.
+`nbd://HOST[:PORT]/EXPORT`, `nbds://` with TLS, and `nbd+unix:///EXPORT?socket=PATH` any NBD
+server's export.
 Names are looked up here and nowhere else: the engine gets an address.  Everything that waits
 has a deadline, which holds for all of it together.
 """
 
+import ipaddress
 import os
 import socket
 import struct
@@ -24,11 +26,18 @@ EXPORT_BYTES_MAX = 1024
 NAME_BYTES_MAX = 127
 SERVER_HINT = (
     "write it as tcp://HOST:PORT or unix:///PATH (a `farmem serve`), or as "
-    "nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH (an NBD server)"
+    "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT (with TLS) or "
+    "nbd+unix:///EXPORT?socket=PATH (an NBD server)"
 )
 _SILENT = "it does not answer"
 _UNNAMED = "its name can't be looked up"
-_PARAMETERS = {"tcp": {"size"}, "unix": {"size"}, "nbd": set(), "nbd+unix": {"socket"}}
+_PARAMETERS = {
+    "tcp": {"size"},
+    "unix": {"size"},
+    "nbd": set(),
+    "nbds": set(),
+    "nbd+unix": {"socket"},
+}
 
 
 class Server(NamedTuple):
@@ -41,6 +50,7 @@ class Server(NamedTuple):
     path: str
     export: bytes
     size_bytes: int | None  # wanted; None: what there is
+    is_tls: bool = False  # its URL says so
 
     @property
     def name(self) -> str:
@@ -56,15 +66,23 @@ class Address(NamedTuple):
     where: tuple[str, int, int, int] | tuple[str, int] | str
 
     def packed(self) -> bytes:
-        """The struct sockaddr."""
+        """The struct sockaddr.  An abstract name is as long as it is, and a path ends with 0."""
         family = struct.pack("=H", self.family)
         if isinstance(self.where, str):
-            return family + os.fsencode(self.where) + b"\0"
+            end = b"" if self.where.startswith("\0") else b"\0"
+            return family + os.fsencode(self.where) + end
         raw = socket.inet_pton(self.family, self.where[0].partition("%")[0])
         if self.family == socket.AF_INET:
             return family + struct.pack("!H4s8x", self.where[1], raw)
         flow, scope = self.where[2:] if len(self.where) == 4 else (0, 0)
         return family + struct.pack("!HI16s", self.where[1], flow, raw) + struct.pack("=I", scope)
+
+    def numeric(self) -> tuple[str, str]:
+        """Host and port in digits, as another program wants them."""
+        assert not isinstance(self.where, str)
+        host, port = self.where[:2]
+        scope = self.where[3] if len(self.where) == 4 else 0
+        return (f"{host}%{scope}" if scope and "%" not in host else host), str(port)
 
     def with_port(self, port: int) -> "Address":
         """The same host's other port."""
@@ -88,9 +106,9 @@ def parse_server(url: str) -> Server:
     size = options.get("size")
     size_bytes = None if size is None else parse_size(size, "pool size")
     path, export = "", b""
-    if scheme in ("tcp", "nbd"):
+    if scheme in ("tcp", "nbd", "nbds"):
         port = _port(url, scheme, host, port)
-        if scheme == "nbd":
+        if scheme != "tcp":
             export = _export(url, parts.path)
         elif parts.path not in ("", "/"):
             raise FarmemError(f"pool {url!r}: nothing belongs behind the port", SERVER_HINT)
@@ -102,7 +120,8 @@ def parse_server(url: str) -> Server:
         path = unquote(parts.path) if scheme == "unix" else options.get("socket", "")
         export = b"" if scheme == "unix" else _export(url, parts.path)
         path = _socket_path(url, path)
-    return Server(url, scheme in ("tcp", "unix"), host, port or 0, path, export, size_bytes)
+    leases, is_tls = scheme in ("tcp", "unix"), scheme == "nbds"
+    return Server(url, leases, host, port or 0, path, export, size_bytes, is_tls)
 
 
 def _options(url: str, parts: SplitResult) -> dict[str, str]:
@@ -161,6 +180,15 @@ def seconds_left(deadline: float) -> float:
     return left
 
 
+def is_loopback(address: Address) -> bool:
+    """Whether only this host is on the way."""
+    if isinstance(address.where, str):
+        return True
+    found = ipaddress.ip_address(address.where[0].partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
+
+
 def addresses_of(server: Server, deadline: float) -> list[Address]:
     """Looked up in a thread: the resolver knows no deadline of ours."""
     if server.path:
@@ -201,6 +229,15 @@ def connect(addresses: list[Address], deadline: float) -> tuple[socket.socket, A
             sock.close()
             failure = error
     raise failure
+
+
+def reachable(addresses: list[Address], deadline: float) -> Address:
+    """The first that takes a connection; where there is but one it is not tried."""
+    if len(addresses) == 1:
+        return addresses[0]
+    sock, address = connect(addresses, deadline)
+    sock.close()
+    return address
 
 
 def receive_all(sock: socket.socket, size_bytes: int, deadline: float) -> bytes:

@@ -21,6 +21,7 @@ from farmem.job import (
 )
 from farmem.pools import Pool, parse_pool
 from farmem.sizes import parse_duration, parse_size
+from farmem.tls import OFF, ON, REQUIRE, Tls
 
 POOL_TIMEOUT_LEAST_NS = 100_000_000
 POOL_TIMEOUT_MOST_NS = 86_400_000_000_000
@@ -112,8 +113,8 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
     "`farmem serve`, by its address or its socket (?size=8G behind it: so much, else what it has "
-    "free, up to this host's memory). nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH: "
-    "the export of any NBD server; all of it is overwritten. "
+    "free, up to this host's memory). nbd://HOST[:PORT]/EXPORT, nbds://... (with TLS), "
+    "nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of it is overwritten. "
     "mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(
@@ -125,6 +126,23 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     show_default=True,
     help="How long a pool's server may take to answer. Until then whoever needs a page waits; "
     "then a page that should have come is lost, and one that should have gone stays.",
+)
+@click.option(
+    "--tls",
+    type=click.Choice([OFF, ON, REQUIRE]),
+    default=None,
+    help="For pools on other hosts. require: leases and pages go there with TLS alone, and both "
+    "sides show a certificate; on: where the server offers it; off: everybody on the way can read "
+    "and change them. Without it: require if there are certificates; else off on this host, and "
+    "servers on others are refused.",
+)
+@click.option(
+    "--tls-certificates",
+    metavar="FOLDER",
+    type=Parsed("path", str),
+    default="",
+    help="Where ca-cert.pem, client-cert.pem and client-key.pem are. The server's certificate must "
+    "be of that authority and for the name in the pool's URL.",
 )
 @click.option(
     "--filter",
@@ -161,6 +179,8 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
     budget_bytes: int,
     pool: Pool,
     pool_timeout_ns: int,
+    tls: str | None,
+    tls_certificates: str,
     filters: tuple[Filter, ...],
     stats_path: str,
     quiet: bool,
@@ -194,6 +214,7 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
         file_io=file_io,
         file_direct=file_direct,
         pool_timeout_ns=pool_timeout_ns,
+        tls=Tls(tls or "", tls_certificates),
     )
     job = Job(request)
     launch(job, path, job.environment(environment, library))

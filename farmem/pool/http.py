@@ -159,7 +159,9 @@ async def _begins_with_tls(peer: socket.socket) -> bool:
 
 def _refuse_plain(request: Request) -> Response:
     raise Refused(
-        403, "this server is spoken to with TLS alone", "ask https://, with a certificate"
+        403,
+        "this server is spoken to with TLS alone",
+        "ask https://, with a certificate; farmem run: say --tls=require --tls-certificates FOLDER",
     )
 
 

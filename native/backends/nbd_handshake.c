@@ -1,8 +1,8 @@
 /* nbd_handshake.c - how a connection to an NBD server begins: fixed newstyle, and NBD_OPT_GO for one export.
  *
- * Nothing is negotiated that we don't need: no structured replies, no TLS yet.  Every field that is read is checked; the
- * socket has a time limit, and so is the number of things that a server may say here.  farmem/nbd.py asked the
- * same before the program started, so what fails here has changed since.
+ * Nothing is negotiated that we don't need: no structured replies; TLS is an agent's business (native/agent).  Every field
+ * that is read is checked; the socket has a time limit, and so is the number of things that a server may say here.
+ * farmem/nbd.py asked the same before the program started, so what fails here has changed since.
  */
 #include <errno.h>
 #include <stddef.h>
@@ -108,7 +108,7 @@ static const char *refusal(uint32_t kind)
 {
     switch (kind) {
     case REP_UNKNOWN: return "no longer has our export (was it started anew?)";
-    case REP_TLS_REQD: return "wants TLS by now, which can't be had yet";
+    case REP_TLS_REQD: return "wants TLS by now";
     default: return NULL;
     }
 }

@@ -1,5 +1,5 @@
-/* panic.c - what a failed fm_assert() does in the Python extension: say which, and
- * abort.  Linked into farmem._native only; libfarmem.so has its own. */
+/* panic.c - what a failed fm_assert() does in the Python extension and in agents: say
+ * which, and abort.  libfarmem.so has its own. */
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -254,16 +254,19 @@ def serving(
     capacity: str = "64M",
     listens: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
+    wrapper: Sequence[str] = (),
     **popen: Any,
 ) -> Iterator[Server]:
-    """A server that is ready, on loopback and on a Unix socket; ended behind the block."""
+    """A server that is ready, on loopback and on a Unix socket; ended behind the block.
+
+    `wrapper` is put before it all: what runs it in a network namespace, say."""
     can_serve()
     with tempfile.TemporaryDirectory(prefix="farmem-serve-") as name:
         folder = Path(name)
         notes = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         notes.bind(str(folder / "notify"))
         notes.setblocking(False)
-        command = [str(FARMEM), "serve", "--capacity", capacity, "--drain-timeout", "0s"]
+        command = [*wrapper, str(FARMEM), "serve", "--capacity", capacity, "--drain-timeout", "0s"]
         for listen in ("127.0.0.1:0", f"unix:{folder}/pool") if listens is None else listens:
             command += ["--listen", listen]
         with (folder / "log").open("wb") as log:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from farmem.pool.tls import Tls, client_context
-from tests.harness import FARMEM, ROOT
+from tests.harness import FARMEM
+from tests.pools.certificates import copy_with, make_certificates, revoke
 from tests.pools.serving import LIMIT_S, MIB, UNIX, Data, Server, need, refuses, serving
 
 pytestmark = pytest.mark.pools
@@ -31,16 +32,9 @@ pytestmark = pytest.mark.pools
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """Certificates of two authorities, in folders of their own: ours, and a stranger's."""
-    need("openssl")
-    found = re.search(r"```sh\n(.*?)```", (ROOT / "docs" / "pools.md").read_text(), re.DOTALL)
-    assert found
     with tempfile.TemporaryDirectory(prefix="farmem-tls-") as name:
         for who in ("ours", "strangers"):
-            place = Path(name) / who
-            place.mkdir()
-            subprocess.run(
-                ["sh", "-e", "-c", found[1]], cwd=place, capture_output=True, check=True, timeout=60
-            )
+            make_certificates(Path(name) / who)
         yield Path(name)
 
 
@@ -174,16 +168,8 @@ def test_on_serves_both(folder: Path) -> None:
 
 def test_a_revoked_certificate_is_refused(folder: Path) -> None:
     """With ca-crl.pem, by both planes."""
-    place = folder / "revoking"
-    shutil.copytree(folder / "ours", place)
-    (place / "index").touch()
-    (place / "ca.cnf").write_text(
-        "[ca]\ndefault_ca=c\n[c]\ndatabase=index\ncertificate=ca-cert.pem\n"
-        "private_key=ca-key.pem\ndefault_md=sha256\ndefault_crl_days=9\n"
-    )
-    openssl = ["openssl", "ca", "-config", "ca.cnf"]
-    for words in (["-revoke", "client-cert.pem"], ["-gencrl", "-out", "ca-crl.pem"]):
-        subprocess.run([*openssl, *words], cwd=place, capture_output=True, check=True, timeout=60)
+    place = copy_with(folder / "ours", "revoking")
+    revoke(place, "client")
     words = ("--tls", "require", "--tls-certificates", str(place))
     with serving(*words) as server:
         with pytest.raises((OSError, http.client.HTTPException)):
@@ -209,9 +195,7 @@ def test_certificates_that_are_no_use(folder: Path) -> None:
     assert "say --tls=require" in refuses(*base, "--tls-certificates", str(folder / "ours"))
     said = refuses(*base, "--tls=require", "--tls-certificates", "/nosuch")
     assert "/nosuch/ca-cert.pem" in said and "docs/pools.md" in said
-    mixed = folder / "mixed"
-    shutil.copytree(folder / "ours", mixed)
-    shutil.copy(folder / "strangers" / "server-key.pem", mixed)
+    mixed = copy_with(folder / "ours", "mixed", folder / "strangers" / "server-key.pem")
     said = refuses(*base, "--tls=require", "--tls-certificates", str(mixed))
     assert "can't be used" in said
     (mixed / "server-cert.pem").write_text("rubbish")

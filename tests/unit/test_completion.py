@@ -283,7 +283,7 @@ def test_values_make_sense(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(pools.SCHEMES, "file", "a file")
     servers = [f"{scheme}://" for scheme in pools.SERVER_SCHEMES]
     assert values("pool", "") == [*(f"{scheme}:" for scheme in pools.SCHEMES), *servers]
-    assert values("pool", "nbd") == ["nbd://", "nbd+unix://"]
+    assert values("pool", "nbd") == ["nbd://", "nbds://", "nbd+unix://"]
     assert values("pool", "tcp://") == []
     assert values("pool", f"unix://{folder}/o") == [f"unix://{folder}/only-file"]
     assert values("pool", "file:") == ["file:/", "file:./"]
