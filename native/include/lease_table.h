@@ -17,7 +17,7 @@
 
 /* cdef begins */
 #define FM_LEASE_TABLE_MAGIC 0x7361656c6d66
-#define FM_LEASE_TABLE_VERSION 1
+#define FM_LEASE_TABLE_VERSION 2
 #define FM_LEASES_MAX 4096
 #define FM_LEASE_DOORS_MAX 4
 #define FM_LEASE_TOKEN_BYTES 64           /* hex digits, without a NUL */
@@ -32,6 +32,8 @@ enum fm_lease_defect {
     FM_LEASE_DEFECT_KEEP_BYTES = 1,       /* memory is lent again as it came back */
     FM_LEASE_DEFECT_NO_GENERATION = 2,    /* a connection goes on when its lease has ended */
     FM_LEASE_DEFECT_NO_DRAIN = 4,         /* memory is lent again while somebody is inside */
+    FM_LEASE_DEFECT_KEEP_REGISTRATION = 8,   /* memory is lent again while a device may still reach it */
+    FM_LEASE_DEFECT_PUNCH_PINNED = 16,    /* a hole is made where a device has the pages */
 };
 
 struct fm_lease_counters {
@@ -49,6 +51,7 @@ struct fm_lease {
     uint64_t offset;                      /* of the range, in the memory */
     uint64_t bytes;
     uint64_t token[FM_LEASE_TOKEN_BYTES / 8];
+    uint64_t pinned;                      /* 1: a device has its pages, so they must stay where they are in the memory */
     uint64_t in_flight[FM_LEASE_DOORS_MAX];  /* accesses under way, by door: a door that dies is struck out alone */
     struct fm_lease_counters counters;
 };
@@ -75,6 +78,8 @@ void fm_lease_table_init(struct fm_lease_table *t, uint64_t flags, uint64_t defe
 uint32_t fm_lease_grant(struct fm_lease_table *t, const char *token, uint64_t offset, uint64_t bytes);
 /* From now on nobody enters. */
 void fm_lease_end(struct fm_lease_table *t, uint32_t place);
+/* From now on no door takes pages away.  One that was inside before may still do it: wait until none is. */
+void fm_lease_pin(struct fm_lease_table *t, uint32_t place);
 /* How many are still inside.  Once none was seen there after the end, the place may be freed: who comes later (and counts
  * for a moment) touches nothing. */
 uint64_t fm_lease_in_flight(const struct fm_lease_table *t, uint32_t place);
@@ -98,5 +103,7 @@ bool fm_lease_find(struct fm_lease_table *t, uint32_t door, const char *name, st
 /* Around every access to the memory; false: the lease has ended, and nothing may be touched. */
 bool fm_lease_enter(struct fm_lease_table *t, const struct fm_lease_view *view);
 void fm_lease_leave(struct fm_lease_table *t, const struct fm_lease_view *view);
+/* Whether pages must stay; asked inside. */
+bool fm_lease_is_pinned(const struct fm_lease_table *t, const struct fm_lease_view *view);
 
 #endif

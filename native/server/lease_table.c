@@ -42,6 +42,7 @@ uint32_t fm_lease_grant(struct fm_lease_table *t, const char *token, uint64_t of
         if (!is_free(l))
             continue;
         memset(&l->counters, 0, sizeof l->counters);
+        __atomic_store_n(&l->pinned, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&l->offset, offset, __ATOMIC_RELAXED);
         __atomic_store_n(&l->bytes, bytes, __ATOMIC_RELAXED);
         for (uint32_t w = 0; w < TOKEN_WORDS; w++) {
@@ -59,6 +60,12 @@ void fm_lease_end(struct fm_lease_table *t, uint32_t place)
 {
     fm_assert(place < FM_LEASES_MAX && lives(t->leases[place].generation));
     __atomic_add_fetch(&t->leases[place].generation, 1, __ATOMIC_SEQ_CST);
+}
+
+void fm_lease_pin(struct fm_lease_table *t, uint32_t place)
+{
+    fm_assert(place < FM_LEASES_MAX && lives(t->leases[place].generation));
+    __atomic_store_n(&t->leases[place].pinned, 1, __ATOMIC_SEQ_CST);
 }
 
 uint64_t fm_lease_in_flight(const struct fm_lease_table *t, uint32_t place)
@@ -146,4 +153,11 @@ void fm_lease_leave(struct fm_lease_table *t, const struct fm_lease_view *view)
 {
     uint64_t left = __atomic_sub_fetch(&t->leases[view->place].in_flight[view->door], 1, __ATOMIC_SEQ_CST);
     fm_assert(left != UINT64_MAX);
+}
+
+/* As with the end of a lease: the door counts itself in, then looks here; the control plane pins, then looks at the count. */
+bool fm_lease_is_pinned(const struct fm_lease_table *t, const struct fm_lease_view *view)
+{
+    return __atomic_load_n(&t->leases[view->place].pinned, __ATOMIC_SEQ_CST) != 0 &&
+           (t->defects & FM_LEASE_DEFECT_PUNCH_PINNED) == 0;
 }

@@ -21,6 +21,7 @@
 #include "lease_table.h"
 
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+#define ZEROS_BYTES (64 << 10)
 
 static int memory_fd = -1, table_fd = -1;
 static unsigned door, parent;
@@ -231,8 +232,21 @@ static int plugin_pwrite(void *handle, const void *buffer, uint32_t n, uint64_t 
     return end(c, status);
 }
 
+static int write_zeros(size_t n, off_t to)
+{
+    static const char zeros[ZEROS_BYTES];
+    while (n > 0) {
+        size_t part = n < sizeof zeros ? n : sizeof zeros;
+        if (write_all(zeros, part, to) != 0)
+            return -1;
+        to += (off_t)part, n -= part;
+    }
+    return 0;
+}
+
 /* A hole reads as zeros, and its memory is the host's again until it is written to: the lease's promise stands.
- * Huge pages are kept, because others could take them meanwhile. */
+ * Huge pages are kept, because others could take them meanwhile; and so are pages that a device has: behind a hole it would go on
+ * with the old ones, which are nobody's then. */
 static int plugin_zero(void *handle, uint32_t n, uint64_t offset, uint32_t flags)
 {
     struct connection *c = handle;
@@ -243,6 +257,8 @@ static int plugin_zero(void *handle, uint32_t n, uint64_t offset, uint32_t flags
         return -1;
     if (c->mapped != NULL)
         memset(c->mapped + offset, 0, n);
+    else if (fm_lease_is_pinned(table, &c->lease))
+        status = write_zeros(n, (off_t)(c->lease.offset + offset));
     else
         status = fallocate(memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(c->lease.offset + offset), n);
     count(&counters->trims, 1);

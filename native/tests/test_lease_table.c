@@ -184,6 +184,77 @@ static void test_nobody_writes_to_memory_that_is_lent_again(void)
     CHECK(play(FM_LEASE_DEFECT_NO_GENERATION, 10) > 0);
 }
 
+/* Whoever comes inside takes a page away, unless the lease is pinned. */
+struct holes {
+    struct fm_lease_table *table;
+    struct fm_lease_view view;
+    unsigned made;
+    unsigned looks;
+    unsigned stop;
+};
+
+static void *make_holes(void *arg)
+{
+    struct holes *h = arg;
+    while (!__atomic_load_n(&h->stop, __ATOMIC_ACQUIRE)) {
+        CHECK(fm_lease_enter(h->table, &h->view));
+        if (!fm_lease_is_pinned(h->table, &h->view))
+            __atomic_add_fetch(&h->made, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&h->looks, 1, __ATOMIC_SEQ_CST);
+        fm_lease_leave(h->table, &h->view);
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void wait_for_looks(struct holes *h, unsigned n)
+{
+    unsigned before = __atomic_load_n(&h->looks, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&h->looks, __ATOMIC_SEQ_CST) - before < n)
+        sched_yield();
+}
+
+/* How many holes were made after a lease was pinned and nobody was inside any more. */
+static unsigned holes_behind_the_pin(uint64_t defects)
+{
+    struct holes h = {.table = new_table(defects)};
+    pthread_t threads[WRITERS];
+    uint32_t place = fm_lease_grant(h.table, token_of(1), 0, MIB);
+    CHECK(fm_lease_find(h.table, 0, token_of(1), &h.view));
+    for (int i = 0; i < WRITERS; i++)
+        CHECK(pthread_create(&threads[i], NULL, make_holes, &h) == 0);
+    wait_for_looks(&h, 10);
+    CHECK(__atomic_load_n(&h.made, __ATOMIC_SEQ_CST) > 0);
+    fm_lease_pin(h.table, place);
+    while (fm_lease_in_flight(h.table, place) != 0)
+        sched_yield();
+    unsigned before = __atomic_load_n(&h.made, __ATOMIC_SEQ_CST);
+    wait_for_looks(&h, 200);
+    unsigned behind = __atomic_load_n(&h.made, __ATOMIC_SEQ_CST) - before;
+    __atomic_store_n(&h.stop, 1, __ATOMIC_RELEASE);
+    for (int i = 0; i < WRITERS; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    munmap(h.table, sizeof *h.table);
+    return behind;
+}
+
+static void test_nobody_makes_holes_in_a_pinned_lease(void)
+{
+    struct fm_lease_view v;
+    for (int i = 0; i < 5; i++)
+        CHECK(holes_behind_the_pin(0) == 0);
+    CHECK(holes_behind_the_pin(FM_LEASE_DEFECT_PUNCH_PINNED) > 0);
+    /* The next lease at the place is not pinned. */
+    struct fm_lease_table *t = new_table(0);
+    uint32_t place = fm_lease_grant(t, token_of(1), 0, MIB);
+    fm_lease_pin(t, place);
+    fm_lease_end(t, place);
+    fm_lease_free(t, place);
+    CHECK(fm_lease_grant(t, token_of(2), 0, MIB) == place && fm_lease_find(t, 0, token_of(2), &v));
+    CHECK(!fm_lease_is_pinned(t, &v));
+    munmap(t, sizeof *t);
+}
+
 int main(void)
 {
     test_only_its_own_layout_fits();
@@ -193,6 +264,7 @@ int main(void)
     test_the_table_fills_up_and_empties();
     test_a_dead_door_is_struck_out();
     test_nobody_writes_to_memory_that_is_lent_again();
+    test_nobody_makes_holes_in_a_pinned_lease();
     puts("test_lease_table: all well");
     return 0;
 }
