@@ -13,6 +13,7 @@ DEFAULT_LISTEN = "127.0.0.1:7717"
 TTL_NS_MIN = 1_000_000_000
 SELF_TEST_BYTES = 64 << 20
 _PORT_MAX = 65535
+_GID_INDEX_MAX = 65535
 _NAME_CHARACTERS_MAX = 64
 
 
@@ -63,6 +64,16 @@ def _parse_port(text: str) -> int:
     return int(text)
 
 
+def _parse_gid_index(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= _GID_INDEX_MAX):
+        raise FarmemError(
+            f"--rdma-gid-index {text!r} is no index",
+            "give a number, as --rdma-gid-index 3; "
+            "/sys/class/infiniband/DEVICE/ports/1/gids lists them",
+        )
+    return int(text)
+
+
 @click.command(
     "serve",
     help="Lend SIZE of this host's memory: `farmem run --pool tcp://HOST:PORT`, or "
@@ -108,6 +119,28 @@ def _parse_port(text: str) -> int:
     default="",
     help="Where ca-cert.pem, server-cert.pem and server-key.pem are. Whoever has a certificate of "
     "that authority may lease, as the tenant that its common name says.",
+)
+@click.option(
+    "--rdma",
+    type=click.Choice(["off", "on", "require"]),
+    default=None,
+    help="on: clients may use RDMA, if there is a device that can be used; require: don't start "
+    "without; off: nobody can. Needs pyverbs. [default: on; require, if a device is named]",
+)
+@click.option(
+    "--rdma-device",
+    metavar="NAME",
+    type=Parsed("device", str),
+    default="",
+    help="The RDMA device, as mlx5_0. [default: the first with a port that is up]",
+)
+@click.option(
+    "--rdma-gid-index",
+    metavar="N",
+    type=Parsed("gid-index", _parse_gid_index),
+    default=None,
+    help="Which of the port's addresses (GIDs) to use. [default: RoCE v2 over IPv4, else over "
+    "IPv6; on InfiniBand the first]",
 )
 @click.option(
     "--quota",
@@ -159,6 +192,7 @@ def command(**options: Any) -> None:
     """See the help above."""
     import asyncio
 
+    from farmem.pool.queuepairs import check_wanted
     from farmem.pool.server import Settings, serve
     from farmem.pool.sockets import is_activated
     from farmem.pool.tls import check_tls
@@ -180,6 +214,7 @@ def command(**options: Any) -> None:
         data_port=options["data_port"],
         has_huge_pages=options["huge_pages"],
         tls=check_tls(options["tls"] or "", options["tls_certificates"]),
+        rdma=check_wanted(options["rdma"] or "", options["rdma_device"], options["rdma_gid_index"]),
         is_quiet=options["quiet"] or is_test,
     )
     if is_test:

@@ -6,20 +6,22 @@ A lease's token is told once, to whoever was granted the lease, and stands nowhe
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable
 from typing import Any
 
 from farmem import __version__
 from farmem.pool import metrics
 from farmem.pool.facts import Facts
-from farmem.pool.http import Request, Response, as_error, as_json
+from farmem.pool.http import Handler, Request, Response, as_error, as_json
 from farmem.pool.leases import Lease, Refused
+from farmem.pool.queuepairs import QueuePairs
 from farmem.pools import EXTENT_BYTES
 from farmem.running import printable
 from farmem.sizes import BYTES_MAX, format_bytes
 
 TEXT_CHARACTERS_MAX = 200
 _LEASE = re.compile(r"/v1/leases/([0-9a-f]{1,64})(/renew)?")
+_QUEUE_PAIRS = re.compile(r"/v1/leases/([0-9a-f]{1,64})/queue-pairs(?:/([0-9a-f]{1,64}))?")
 _EXAMPLE = 'send JSON, as {"bytes": 1073741824, "job": "my job", "tenant": "my name"}'
 _BEARER = "bearer "
 
@@ -30,23 +32,19 @@ class Api:
     def __init__(self, server: Facts) -> None:
         self._server = server
         self._leases = server.leases
-        self._routes: dict[str, dict[str, Callable[[Request], Response]]] = {
+        self._routes: dict[str, dict[str, Handler]] = {
             "/healthz": {"GET": self._health},
             "/metrics": {"GET": self._metrics},
             "/v1/server": {"GET": self._about},
             "/v1/leases": {"POST": self._grant},
         }
 
-    def answer(self, request: Request) -> Response:
+    def answer(self, request: Request) -> Response | Awaitable[Response]:
         """The answer to a request; what can't be done is a Refused."""
         if "origin" in request.headers:
             # Else any page that somebody here looks at could take leases with their browser.
             raise Refused(403, "a web page can't ask for leases", "ask from a program")
-        methods, lease_id = self._routes.get(request.path, {}), ""
-        if match := _LEASE.fullmatch(request.path):
-            lease_id = match[1]
-            renew = {"POST": lambda asked: self._renew(asked, lease_id)}
-            methods = renew if match[2] else {"DELETE": lambda asked: self._end(asked, lease_id)}
+        methods = self._routes.get(request.path) or self._of_a_lease(request.path)
         if not methods:
             return as_error(
                 404,
@@ -59,6 +57,20 @@ class Api:
             refusal = as_error(405, f"{request.method} can't be done here", f"methods: {allowed}")
             return refusal._replace(headers=(("Allow", allowed),))
         return methods[method](request)
+
+    def _of_a_lease(self, path: str) -> dict[str, Handler]:
+        """The methods of a path below a lease."""
+        if match := _LEASE.fullmatch(path):
+            lease_id = match[1]
+            if match[2]:
+                return {"POST": lambda asked: self._renew(asked, lease_id)}
+            return {"DELETE": lambda asked: self._end(asked, lease_id)}
+        if match := _QUEUE_PAIRS.fullmatch(path):
+            lease_id, name = match[1], match[2]
+            if name:
+                return {"DELETE": lambda asked: self._disconnect(asked, lease_id, name)}
+            return {"POST": lambda asked: self._connect(asked, lease_id)}
+        return {}
 
     def _health(self, request: Request) -> Response:
         return as_json(200, {"status": "draining" if self._leases.is_draining else "ok"})
@@ -78,6 +90,8 @@ class Api:
             "draining": self._leases.is_draining,
             "data": ["nbd"],
         }
+        if self._server.queue_pairs:
+            document |= {"data": ["nbd", "rdma"], "rdma": self._server.queue_pairs.about()}
         return as_json(200, document)
 
     def _grant(self, request: Request) -> Response:
@@ -105,6 +119,8 @@ class Api:
                 "tls": request.is_tls,
             },
         }
+        if self._server.queue_pairs:
+            document["rdma"] = self._server.queue_pairs.about()
         return as_json(201, document)
 
     def _renew(self, request: Request, lease_id: str) -> Response:
@@ -116,6 +132,22 @@ class Api:
         lease = self._leases.find(lease_id, _token_of(request))
         self._leases.end(lease, "released")
         self._server.say(f"lease {lease.id}: released")
+        return Response(204)
+
+    def _rdma(self) -> QueuePairs:
+        if self._server.queue_pairs is None:
+            raise Refused(
+                409, "this server has no RDMA", "use its TCP port: farmem run --pool tcp://..."
+            )
+        return self._server.queue_pairs
+
+    async def _connect(self, request: Request, lease_id: str) -> Response:
+        asked = _object_in(request.body)
+        return as_json(201, await self._rdma().connect(lease_id, _token_of(request), asked))
+
+    def _disconnect(self, request: Request, lease_id: str, name: str) -> Response:
+        lease = self._leases.find(lease_id, _token_of(request))
+        self._rdma().disconnect(lease, name)
         return Response(204)
 
 

@@ -6,6 +6,7 @@ import time
 
 from farmem.pool.leases import Leases
 from farmem.pool.nbdkit import Door
+from farmem.pool.queuepairs import QueuePairs
 
 
 @dataclasses.dataclass
@@ -17,6 +18,7 @@ class Facts:
     leases: Leases
     doors: list[Door]
     is_quiet: bool = False
+    queue_pairs: QueuePairs | None = None
     started_seconds: float = dataclasses.field(default_factory=time.time)
 
     def say(self, text: str) -> None:

@@ -13,7 +13,7 @@ import ssl
 import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import h11
@@ -65,7 +65,8 @@ class Response(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-Handler = Callable[[Request], Response]
+# What takes time (pages to bring) is awaited, and others are answered meanwhile.
+Handler = Callable[[Request], Response | Awaitable[Response]]
 
 
 class _Gone(Exception):
@@ -201,7 +202,8 @@ class _Connection:
             try:
                 request = await self._request()
                 method = request.method
-                response = handler(request)
+                answer = handler(request)
+                response = answer if isinstance(answer, Response) else await answer
             except Refused as refusal:
                 response = as_error(refusal.status, refusal.what, refusal.hint)
             except h11.RemoteProtocolError as error:

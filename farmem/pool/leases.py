@@ -1,19 +1,22 @@
 """Leases: who was lent how much, until when, and what happens when that is over.
 
 A lease that ends (released or expired) lets nobody in any more at once; its memory is lent
-again only when the last access has left and it has been cleared.  Until then it counts as
-lent.  All of it runs in the loop's one thread.
+again only when no device can reach it, the last access has left, and it has been cleared.
+Until then it counts as lent.  All of it runs in the loop's one thread.
 """
 
 import asyncio
 import hmac
 import secrets
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from farmem import _native
 from farmem.pool.memory import Exhausted, Memory
 from farmem.pools import EXTENT_BYTES
 from farmem.sizes import BYTES_MAX, format_bytes
+
+if TYPE_CHECKING:
+    from farmem.pool.queuepairs import Registered
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -63,6 +66,14 @@ class Lease:
         self.offset = 0
         self.place = lib.FM_LEASE_NONE
         self.deadline_ns = 0
+        self.registered: Registered | None = None  # what lets a device reach the memory
+        self.registering = asyncio.Lock()
+
+    def withdraw(self) -> None:
+        """Behind this no device can reach its memory."""
+        if self.registered is not None:
+            self.registered.close()
+            self.registered = None
 
     def fits(self, token: str) -> bool:
         """Whether this is its token; the time that it takes tells nothing."""
@@ -99,6 +110,7 @@ class Leases:
         self._quotas = quotas
         self._live: dict[str, Lease] = {}
         self._ending: list[Lease] = []
+        self._kept: list[Registered | None] = []  # a defect's: what should have been taken away
         self._past = dict.fromkeys(COUNTERS, 0)
         self._wake = asyncio.Event()
         self._looked_ns = 0
@@ -107,6 +119,11 @@ class Leases:
     def live(self) -> list[Lease]:
         """Those that are lent now."""
         return list(self._live.values())
+
+    @property
+    def held(self) -> list[Lease]:
+        """Those whose memory can't be lent again yet."""
+        return [*self._live.values(), *self._ending]
 
     @property
     def clearing_bytes(self) -> int:
@@ -218,9 +235,18 @@ class Leases:
             await self._wake.wait()
             self._wake.clear()
             while self._ending:
+                for lease in self._ending:
+                    self._withdraw(lease)
                 for lease in [lease for lease in self._ending if self._has_been_left(lease)]:
                     await self._clear(lease)
                 await asyncio.sleep(_LEAVE_SECONDS if self._ending else 0)
+
+    def _withdraw(self, lease: Lease) -> None:
+        """First of all: under a device that reaches it memory would not stay cleared."""
+        if self.table.struct.defects & lib.FM_LEASE_DEFECT_KEEP_REGISTRATION:
+            self._kept.append(lease.registered)
+            lease.registered = None
+        lease.withdraw()
 
     def _has_been_left(self, lease: Lease) -> bool:
         if self.table.struct.defects & lib.FM_LEASE_DEFECT_NO_DRAIN:
@@ -241,7 +267,7 @@ class Leases:
     def counters(self) -> dict[str, int]:
         """What all leases together have transferred, ended ones included."""
         total = dict(self._past)
-        for lease in [*self._live.values(), *self._ending]:
+        for lease in self.held:
             counters = self.table.struct.leases[lease.place].counters
             for name in COUNTERS:
                 total[name] += getattr(counters, name)

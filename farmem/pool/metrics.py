@@ -30,6 +30,7 @@ def text_of(server: Facts) -> str:
     for lease in leases.live:
         tenants[lease.tenant] = tenants.get(lease.tenant, 0) + lease.size_bytes
     doors = [leases.table.struct.doors[door.index] for door in server.doors]
+    rdma = server.queue_pairs
     plain: list[tuple[str, str, str, float]] = [
         ("capacity_bytes", "gauge", "What may be lent at once.", leases.capacity_bytes),
         ("free_bytes", "gauge", "What a lease could have now.", leases.free_bytes),
@@ -45,6 +46,9 @@ def text_of(server: Facts) -> str:
          sum(door.connections for door in doors)),
         ("data_refused_total", "counter", "Data connections without a lease.",
          sum(door.refused for door in doors)),
+        ("rdma_queue_pairs", "gauge", "Queue pairs that clients have.", rdma.count if rdma else 0),
+        ("rdma_registered_bytes", "gauge", "Memory that an RDMA device can reach.",
+         rdma.registered_bytes if rdma else 0),
         ("data_errors_total", "counter", "Requests that failed.", counters["errors"]),
     ]  # fmt: skip
     labelled: list[tuple[str, str, str, list[Sample]]] = [

@@ -6,6 +6,7 @@ lease is released, and nothing of it may be left: neither a way in nor a byte.
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -13,17 +14,20 @@ import socket
 import ssl
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 from farmem.errors import FarmemError
+from farmem.pool.initiator import Initiator
 from farmem.pool.nbd import NbdConnection, NbdError
+from farmem.pool.rdma import Adapter, Failed, Half, canonical_gid
 from farmem.pool.server import Server, Settings
 from farmem.pool.sockets import Listener, is_activated, parse_listen
 from farmem.pool.tls import client_context
 from farmem.sizes import format_bytes
 
 SAMPLE_BYTES = 32 << 20
+RDMA_SAMPLE_BYTES = 8 << 20
 _CHUNK_BYTES = 256 << 10
 _IN_FLIGHT = 4
 
@@ -53,19 +57,23 @@ async def run_self_test(settings: Settings) -> None:
 
 
 async def _test(server: Server, context: ssl.SSLContext | None) -> None:
+    ways: list[tuple[str, Callable[[], Awaitable[int]]]] = []
     for listener in server.sockets.listeners:
         path = Path(listener, None if listener.is_unix else context)
+        ways.append((listener.url(), functools.partial(_test_path, server, path)))
+    if server.facts.queue_pairs:
+        rdma = functools.partial(_test_rdma, server, server.facts.queue_pairs.adapter, path)
+        ways.append((f"RDMA through {server.facts.queue_pairs.adapter}", rdma))
+    for name, test in ways:
         started = time.monotonic()
         try:
-            size_bytes = await _test_path(server, path)
-        except (_Wrong, NbdError, OSError, asyncio.IncompleteReadError) as error:
+            size_bytes = await test()
+        except (_Wrong, NbdError, Failed, OSError, asyncio.IncompleteReadError) as error:
             raise FarmemError(
-                f"self-test of {listener.url()} failed: {error}", "don't lend from this host"
+                f"self-test of {name} failed: {error}", "don't lend from this host"
             ) from error
         ms = (time.monotonic() - started) * 1e3
-        print(
-            f"{listener.url()}: {format_bytes(size_bytes)} written, read and checked ({ms:.0f} ms)"
-        )
+        print(f"{name}: {format_bytes(size_bytes)} written, read and checked ({ms:.0f} ms)")
 
 
 def _check(holds: bool, what: str) -> None:
@@ -115,6 +123,51 @@ async def _write_and_check(data: NbdConnection, other: NbdConnection, size_bytes
     found = await other.read(at, _CHUNK_BYTES)
     wanted = chunks[at][:hole] + bytes(hole) + chunks[at][2 * hole :]
     _check(found == wanted, "wrong bytes around a hole")
+
+
+async def _test_rdma(server: Server, adapter: Adapter, path: Path) -> int:
+    """One way in, the other out; and when the lease has ended, no way at all."""
+    wanted = min(RDMA_SAMPLE_BYTES, server.leases.free_bytes)
+    _check(wanted > 0, "this host has no memory to lend")
+    lease = await _lease(path, wanted)
+    size_bytes = int(lease["bytes"])
+    initiator = Initiator(adapter, _CHUNK_BYTES)
+    try:
+        await _connect(path, lease, adapter, initiator)
+        async with _connected(path, lease) as data:
+            source = random.Random(os.urandom(8))
+            for at in range(0, size_bytes, 2 * _CHUNK_BYTES):
+                chunk, other = source.randbytes(_CHUNK_BYTES), source.randbytes(_CHUNK_BYTES)
+                await initiator.write(at, chunk)
+                await data.write(at + _CHUNK_BYTES, other)
+                _check(await data.read(at, _CHUNK_BYTES) == chunk, f"wrong bytes at {at}")
+                found = await initiator.read(at + _CHUNK_BYTES, _CHUNK_BYTES)
+                _check(found == other, f"wrong bytes at {at + _CHUNK_BYTES}")
+            await data.trim(0, size_bytes)
+            _check(not any(await initiator.read(0, _CHUNK_BYTES)), "wrong bytes in a hole")
+        await _release(path, lease)
+        while server.leases.clearing_bytes:
+            await asyncio.sleep(0.01)
+        with contextlib.suppress(ConnectionError):
+            await initiator.read(0, 4096)
+            raise _Wrong("a lease that has ended can still be read")
+    finally:
+        initiator.close()
+    return size_bytes
+
+
+async def _connect(
+    path: Path, lease: dict[str, Any], adapter: Adapter, initiator: Initiator
+) -> None:
+    target = f"/v1/leases/{lease['lease']}/queue-pairs"
+    asked = {**initiator.half._asdict(), "link": adapter.link}
+    status, _ = await _ask(path, "POST", target, "0" * len(lease["token"]), asked)
+    _check(status == 401, "a wrong token was good enough")
+    status, found = await _ask(path, "POST", target, lease["token"], asked)
+    _check(status == 201, f"no queue pair was made: {found}")
+    theirs = Half(*(found[key] for key in Half._fields))
+    theirs = theirs._replace(gid=canonical_gid(theirs.gid))
+    initiator.connect(theirs, found["rkey"], found["address"])
 
 
 async def _open(path: Path, sock: socket.socket, context: ssl.SSLContext | None = None) -> Any:

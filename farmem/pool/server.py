@@ -26,6 +26,7 @@ from farmem.pool.http import HttpServer
 from farmem.pool.leases import Leases, Quotas, Table
 from farmem.pool.nbdkit import Door
 from farmem.pool.notify import notify, watchdog_seconds
+from farmem.pool.queuepairs import Wanted, open_queue_pairs
 from farmem.pool.sockets import Listen, Listener, Sockets
 from farmem.pool.tls import Tls
 from farmem.pools import EXTENT_BYTES, host_memory_bytes
@@ -51,6 +52,7 @@ class Settings(NamedTuple):
     data_port: int = 0
     has_huge_pages: bool = False
     tls: Tls = Tls()
+    rdma: Wanted = Wanted()
     is_quiet: bool = False
 
 
@@ -117,6 +119,7 @@ class Server:
         self.facts = Facts(
             settings.name, secrets.token_hex(_EPOCH_BYTES), self.leases, [], settings.is_quiet
         )
+        self.facts.queue_pairs = open_queue_pairs(settings.rdma, self.leases)
         self._http = HttpServer(Api(self.facts).answer, settings.tls)
         self._signals = 0
         self._signalled = asyncio.Event()
@@ -136,6 +139,8 @@ class Server:
             await self._http.stop()
             for door in self.facts.doors:
                 await door.stop()
+            if self.facts.queue_pairs:
+                self.facts.queue_pairs.close()
             self.sockets.close()
 
     async def _open_door(self, pairs: list[Listener], tls: Tls) -> None:
@@ -183,6 +188,8 @@ class Server:
         for listener in self.sockets.listeners:
             data = listener.data_path or f"port {listener.data_port}"
             self.facts.say(f"listening on {listener.url()}, data on {data}")
+        if self.facts.queue_pairs:
+            self.facts.say(f"RDMA through {self.facts.queue_pairs.adapter}")
         notify("READY=1", f"STATUS=lending {lent}")
 
     def _on_signal(self) -> None:
