@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # guest.sh - runs a command on another Linux kernel: in a QEMU guest that has the host's files.
 #
-#   tools/guest.sh --setup [--suite SUITE]      fetch the kernel of a Debian suite, once
+#   tools/guest.sh --setup [--suite SUITE] [--rdma]   fetch the kernel of a Debian suite, once
 #   tools/guest.sh [OPTION]... -- CMD [ARG]...  boot it, run CMD in this folder, exit with its status
 #
 #   --suite SUITE     bookworm (Linux 6.1, the default), trixie (6.12), trixie-backports, ...
-#   --rdma            bring up a Soft-RoCE device, rxe0 (needs iproute2 on the host)
+#   --rdma            bring up a Soft-RoCE device, rxe0 (needs iproute2 on the host), and have libibverbs and pyverbs
+#   --link FOLDER:N   a network card, eth0, wired to that of the guest which is given the same FOLDER and the other N (0 or
+#                     1): its address is 10.99.0.(N+1), and FARMEM_GUEST_LINK is N. With --rdma rxe0 sits on it
 #   --memory SIZE     the guest's memory (default 2G)
 #   --cpus N          its processors (default 2)
 #   --timeout SECONDS how long the guest may take in all (default 600)
@@ -19,7 +21,7 @@ set -euo pipefail
 
 tools=$(cd "$(dirname "$0")" && pwd)
 LOG_LINES=100
-suite=bookworm rdma="" memory=2G cpus=2 timeout=600 log="" setup=""
+suite=bookworm rdma="" link="" memory=2G cpus=2 timeout=600 log="" setup=""
 
 fail() {
     echo "guest: $1; $2" >&2
@@ -44,11 +46,11 @@ qemu_is_there() {
 # What the guest's kernel unpacks and starts: busybox, modules, and guest_init.sh.
 make_initramfs() {
     local tree=$work/tree number=0 module
-    mkdir -p "$tree"/{bin,modules,proc,sys,dev,host,talk,layers}
+    mkdir -p "$tree"/{bin,modules,proc,sys,dev,host,rdma,talk,layers}
     cp "$folder/busybox" "$tree/bin/busybox"
     cp "$tools/guest_init.sh" "$tree/init"
     chmod 755 "$tree/init"
-    for module in "$folder"/modules/*.ko ${rdma:+"$folder"/rdma/*.ko}; do
+    for module in "$folder"/modules/*.ko ${link:+"$folder"/link/*.ko} ${rdma:+"$folder"/rdma/*.ko}; do
         number=$((number + 1))
         cp "$module" "$tree/modules/$(printf %03d $number).ko"
     done
@@ -58,10 +60,11 @@ make_initramfs() {
 # What the guest is told: in files, so that no word needs quoting twice.
 write_talk() {
     mkdir "$work/talk"
-    echo "rdma=$rdma" >"$work/talk/settings"
+    echo "rdma=$rdma link=$link" >"$work/talk/settings"
     {
         export -p
-        printf 'export FARMEM_GUEST=%q\n' "$suite"
+        printf 'export FARMEM_GUEST=%q FARMEM_GUEST_LINK=%q\n' "$suite" "$link"
+        [ -z "$rdma" ] || printf 'export PYTHONPATH=%q\n' "$rdma_folder/usr/lib/python3/dist-packages${PYTHONPATH:+:$PYTHONPATH}"
         printf 'cd %q || exit 125\n' "$PWD"
         printf 'ulimit -l unlimited\nexec'
         printf ' %q' "$@"
@@ -72,12 +75,20 @@ write_talk() {
 # Both streams go through a pipe of ours, which qemu opens by name whatever the caller's are.
 run_qemu() {
     local status=0 out err
+    local more=(-nic none)
+    if [ -n "$link" ]; then
+        more=(-device "virtio-net-pci,netdev=wire,mac=52:54:00:99:00:0$link,host_mtu=4200,romfile="
+            -netdev "dgram,id=wire,local.type=unix,local.path=$wire/$link,remote.type=unix,remote.path=$wire/$((1 - link))")
+    fi
+    if [ -n "$rdma" ]; then
+        more+=(-fsdev "local,id=rdma,path=$rdma_folder,security_model=none,readonly=on" -device virtio-9p-pci,fsdev=rdma,mount_tag=rdma)
+    fi
     exec {out}> >(exec cat)
     local out_pid=$!
     exec {err}> >(exec cat >&2)
     local err_pid=$!
     timeout --kill-after=5 "$timeout" qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot \
-        -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus" -m "$memory" -nic none -kernel "$folder/vmlinuz" -initrd "$work/initramfs" \
+        -accel tcg,thread=multi -cpu max,la57=off -smp "$cpus" -m "$memory" "${more[@]}" -kernel "$folder/vmlinuz" -initrd "$work/initramfs" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable nowatchdog rcupdate.rcu_cpu_stall_suppress=1 rdinit=/init" \
         -serial "file:$work/console" -device virtio-serial-pci \
         -chardev "file,id=out,append=on,path=/proc/self/fd/$out" -device virtserialport,chardev=out,name=out \
@@ -114,6 +125,8 @@ run() {
     local status=0 ended
     folder=$tools/../build/guest/$suite
     [ -e "$folder/version" ] || fail "there is no kernel of Debian $suite yet" "fetch it: tools/guest.sh --setup --suite $suite"
+    [ -z "$link" ] || [ -d "$folder/link" ] || fail "the kernel of Debian $suite was fetched without its network card" "fetch it again: tools/guest.sh --setup --suite $suite"
+    [ -z "$rdma" ] || [ -d "$rdma_folder" ] || fail "there is no libibverbs for the guest yet" "fetch it: tools/guest.sh --setup --rdma --suite $suite"
     [ -z "$rdma" ] || command -v rdma >/dev/null || fail "the program rdma is missing" "install it: apt-get install iproute2"
     work=$(mktemp -d) qemu=""
     trap clean_up EXIT
@@ -143,6 +156,7 @@ while [ $# -gt 0 ]; do
         --setup) setup=yes ;;
         --suite) value "$@"; suite=$2; shift ;;
         --rdma) rdma=yes ;;
+        --link) value "$@"; link=${2##*:} wire=${2%:*}; shift ;;
         --memory) value "$@"; memory=$2; shift ;;
         --cpus) value "$@"; cpus=$2; shift ;;
         --timeout) value "$@"; timeout=$2; shift ;;
@@ -153,9 +167,13 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+[[ $link =~ ^[01]?$ ]] || fail "--link ends neither with :0 nor with :1" "write it as --link FOLDER:0"
+[ -z "$link" ] || wire=$(mkdir -p "$wire" && cd "$wire" && pwd)
+rdma_folder=$(cd "$tools/.." && pwd)/build/guest/rdma
 qemu_is_there
 if [ -n "$setup" ]; then
     "$tools/guest_kernel.sh" "$suite" "$(cd "$tools/.." && pwd)/build/guest/$suite"
+    [ -z "$rdma" ] || "$tools/guest_rdma.sh" "$rdma_folder"
     [ $# -gt 0 ] || exit 0
 fi
 [ $# -gt 0 ] || fail "there is no command to run" "type: tools/guest.sh -- CMD ARG..."

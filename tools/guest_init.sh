@@ -24,10 +24,16 @@ done
 # The host's files don't change while a guest looks at them: what was read is kept.
 options=trans=virtio,version=9p2000.L,msize=262144
 mount -t 9p -o $options talk /talk || give_up "nothing to talk to the host with"
+. /talk/settings
 mount -t 9p -o $options,ro,cache=loose host /host || give_up "the host's root can't be mounted"
 mount -t tmpfs -o size=60% layers /layers
 mkdir /layers/upper /layers/work $root
-mount -t overlay -o lowerdir=/host,upperdir=/layers/upper,workdir=/layers/work overlay $root ||
+lower=/host
+if [ -n "$rdma" ]; then
+    mount -t 9p -o $options,ro,cache=loose rdma /rdma || give_up "there is no libibverbs"
+    lower=/rdma:/host
+fi
+mount -t overlay -o lowerdir=$lower,upperdir=/layers/upper,workdir=/layers/work overlay $root ||
     give_up "no scratch layer"
 mount -t proc proc $root/proc
 mount -t sysfs sysfs $root/sys
@@ -44,15 +50,19 @@ for name in stdin stdout stderr; do
 done
 hostname guest
 ip link set lo up
-. /talk/settings
+
+# The wire, or a network of our own; 4200: room for RoCE's largest packets.
+if [ -n "$link$rdma" ]; then
+    device=eth0
+    [ -n "$link" ] || { device=rdma0; ip link add rdma0 type dummy; }
+    echo 0 >/proc/sys/net/ipv6/conf/$device/accept_dad
+    ip link set $device mtu 4200 up
+    ip address add 10.99.0.$((link + 1))/24 dev $device
+fi
 
 # A Soft-RoCE device; its address for RoCE version 2 appears a moment after it.
 if [ -n "$rdma" ]; then
-    ip link add rdma0 type dummy
-    echo 0 >/proc/sys/net/ipv6/conf/rdma0/accept_dad
-    ip link set rdma0 mtu 4200 up
-    ip address add 10.99.0.1/24 dev rdma0
-    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin chroot $root rdma link add rxe0 type rxe netdev rdma0 ||
+    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin chroot $root rdma link add rxe0 type rxe netdev $device ||
         give_up "no Soft-RoCE device could be made"
     tries=0
     until grep -q 'ffff:' /sys/class/infiniband/rxe0/ports/1/gids/1 || [ $tries -eq 200 ]; do

@@ -3,18 +3,20 @@
 #
 #   tools/guest_kernel.sh SUITE FOLDER
 #
-# FOLDER then holds: vmlinuz; busybox; modules/ and rdma/, kernel modules in the order in
+# FOLDER then holds: vmlinuz; busybox; modules/, link/ and rdma/, kernel modules in the order in
 # which they must be loaded; version.  It is there as a whole or not at all.  Needs no
 # privilege: apt is given lists and a cache of its own, and nothing is installed.
 set -euo pipefail
 
 # For a root file system that is the host's, over 9p, and for two streams of output.
 MODULES=(virtio_pci virtio_console 9pnet_virtio 9p overlay)
+# For a network card, which is one end of a wire between two guests.
+LINK_MODULES=(virtio_net)
 # For a Soft-RoCE device; its driver asks for a checksum by name, which newer kernels have built in.
-RDMA_MODULES=(crc32_generic? dummy rdma_rxe rdma_ucm)
+RDMA_MODULES=(crc32_generic? dummy rdma_rxe)
 # Only these parts of the package are unpacked: the whole of it takes 400 MB.
 FOLDERS=(arch/x86/crypto crypto drivers/char/virtio_console.ko* drivers/infiniband/core
-    drivers/infiniband/sw drivers/net/dummy.ko* drivers/virtio fs/9p fs/fscache fs/netfs fs/overlayfs
+    drivers/infiniband/sw drivers/net/dummy.ko* drivers/net/net_failover.ko* drivers/net/virtio_net.ko* drivers/virtio fs/9p fs/fscache fs/netfs fs/overlayfs
     lib net/9p net/core net/ipv4 net/ipv6)
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
@@ -127,7 +129,8 @@ main() {
     mkdir -p "$(dirname "$folder")"
     exec {lock}>"$(dirname "$folder")/.lock"
     flock "$lock"
-    [ ! -e "$folder/version" ] || return 0
+    # One that was made before there were wires is made anew.
+    if [ -e "$folder/version" ] && [ -d "$folder/link" ]; then return 0; fi
     work=$(mktemp -d "$folder.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work"/{lists/partial,cache/archives/partial,debs,out}
@@ -143,6 +146,7 @@ main() {
     [ -s "$work/out/vmlinuz" ] || fail "the packages of Linux $version hold no kernel image" "take another suite"
     "$work/out/busybox" depmod -b "$work/tree" "$version"
     place_modules modules "${MODULES[@]}"
+    place_modules link "${LINK_MODULES[@]}"
     place_modules rdma "${RDMA_MODULES[@]}"
     echo "$version" >"$work/out/version"
     rm -rf "$folder"

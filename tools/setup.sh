@@ -12,8 +12,8 @@ set -euo pipefail
 BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev libssl-dev nbdkit-plugin-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
     groff-base bash-completion zsh fish nbdkit qemu-utils)
-# For tools/guest.sh, which boots another kernel.
-GUEST_PACKAGES=(qemu-system-x86 xz-utils)
+# For tools/guest.sh, which boots another kernel; iproute2 has the program that makes Soft-RoCE devices.
+GUEST_PACKAGES=(qemu-system-x86 xz-utils iproute2)
 # For `farmem serve` (nbdkit) and for tests/pools, which uses it with other people's programs.
 POOL_PACKAGES=(nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl iproute2 systemd)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)
