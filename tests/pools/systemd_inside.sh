@@ -18,6 +18,9 @@ grep -q "^CapEff:.0*$" "$status"
 grep -q "^CapBnd:.0*$" "$status"
 grep -q "^NoNewPrivs:.1$" "$status"
 grep -q "^Seccomp:.2$" "$status"
+# And with RDMA it may pin all that it lends.
+[ "$(show LimitMEMLOCK)" = infinity ]
+show DeviceAllow | grep -qx "char-infiniband_verbs rw"
 
 lease=$(ask -d '{"bytes": 33554432}' http://pool/v1/leases)
 token=$(field token <<<"$lease") id=$(field lease <<<"$lease")
