@@ -60,7 +60,7 @@ def look_address_space(host: Host) -> Answer:
 
 
 def look_locked(host: Host) -> Answer:
-    """RLIMIT_MEMLOCK: RDMA pins its buffers.  Nothing else here does."""
+    """RLIMIT_MEMLOCK: RDMA pins its buffers, and a server all that it lends.  Nothing else does."""
     soft, hard = host.limit("MEMLOCK")
     if soft == NO_LIMIT:
         return ok("no limit", soft_bytes=None)
@@ -70,9 +70,11 @@ def look_locked(host: Host) -> Answer:
         or host.user.uid == 0
         or not host.names_in("/sys/class/infiniband")
     ):
-        return ok(f"{size}: counts for RDMA buffers only", soft_bytes=soft)
+        return ok(f"{size}: counts for RDMA alone", soft_bytes=soft)
     mend = _raise("l", LOCKED_BYTES_WISHED >> 10, hard, "memlock")
-    return warning(f"{size}: little for RDMA buffers", mend, soft_bytes=soft)
+    return warning(
+        f"{size}: little for RDMA, which pins what farmem serve lends", mend, soft_bytes=soft
+    )
 
 
 def look_threads(host: Host) -> Answer:
