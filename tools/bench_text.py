@@ -49,6 +49,11 @@ medians, and always of times: **below 1 farmem is the faster**.
 - **What is timed.** The grid and numpy: inside the program, after its memory has been filled.
   sort: the whole command, farmem's start included. redis: what redis-benchmark says, its clients
   outside; filling and checking are not timed.
+- **The grid goes over its memory once**, so half of its pages leave for the first time while the
+  clock runs, and `mem:` and zram take memory for them that nobody has touched before. On a
+  virtual machine that can cost more than all the rest (here 6 us a page, a fifth of all processor
+  time: the hypervisor finds the memory then). The loop device's was taken before. Later passes are
+  faster: `grid sequential-read 512 3` tells by how much.
 - While a swap run goes, the cgroup's `memory.stat` is read 200 times a second. Without that Linux
   6.18 was seen to kill programs in a cgroup for want of memory with most of the swap free, in
   about half of the runs; with it, hardly ever: reading brings the group's counters up to date, by
