@@ -19,7 +19,7 @@ PYTEST_ARGS ?=
 
 NATIVE_SOURCES := CMakeLists.txt $(shell find native -name '*.[ch]' -o -name CMakeLists.txt -o -name '*.py')
 
-.PHONY: help build demo test lint man bench budget sim native tsan clean setup-build setup-test
+.PHONY: help build demo test lint man bench bench-net budget sim native tsan clean setup-build setup-test
 
 help: ## Show this list
 	@echo "farmem: make TARGET"
@@ -43,6 +43,9 @@ man: $(VENV)/.built ## Write the man pages in docs/man, from the options and doc
 
 bench: setup-test $(VENV)/.built ## Measure against everything local and the kernel's swap (ARGS=... passes options)
 	@FARMEM_CONFIG=/dev/null $(BIN)/python tools/bench.py $(ARGS)
+
+bench-net: setup-test $(VENV)/.built ## Measure a page from a server on this host beside bare TCP (ARGS=... passes options)
+	@FARMEM_CONFIG=/dev/null $(BIN)/python tools/bench_net.py $(ARGS)
 
 budget: setup-test $(VENV)/.built ## Hold real programs against their budgets from outside, and write docs/budget.md
 	@rm -f build/budget.json

@@ -252,14 +252,16 @@ def can_serve() -> None:
 def serving(
     *options: str,
     capacity: str = "64M",
-    listens: Sequence[str] | None = None,
+    listens: Sequence[str] = ("127.0.0.1:0", "unix:{folder}/pool"),
     env: Mapping[str, str] | None = None,
     wrapper: Sequence[str] = (),
     **popen: Any,
 ) -> Iterator[Server]:
     """A server that is ready, on loopback and on a Unix socket; ended behind the block.
 
-    `wrapper` is put before it all: what runs it in a network namespace, say."""
+    `{folder}` in `listens` stands for one that goes with the server; `wrapper` is put before all of
+    it: what runs it in a network namespace, say.
+    """
     can_serve()
     with tempfile.TemporaryDirectory(prefix="farmem-serve-") as name:
         folder = Path(name)
@@ -267,8 +269,8 @@ def serving(
         notes.bind(str(folder / "notify"))
         notes.setblocking(False)
         command = [*wrapper, str(FARMEM), "serve", "--capacity", capacity, "--drain-timeout", "0s"]
-        for listen in ("127.0.0.1:0", f"unix:{folder}/pool") if listens is None else listens:
-            command += ["--listen", listen]
+        for listen in listens:
+            command += ["--listen", listen.replace("{folder}", name)]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
                 [*command, *options],

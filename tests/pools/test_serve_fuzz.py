@@ -2,23 +2,29 @@
 
 nbdkit's parser is not ours, but it stands between all tenants: one that makes it abort breaks
 everybody's connections.  So an authorized client, too, may send what it likes, and hang up
-when it likes, without anybody else noticing.
+when it likes, without anybody else noticing.  Our plugin runs under ASan and UBSan here.
+FARMEM_TEST_FUZZ_INPUTS=100000 sends that many with each seed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import shutil
 import socket
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.pools.serving import LIMIT_S, MIB, Data, Server, serving
+from tests.harness import ROOT
+from tests.pools.serving import LIMIT_S, MIB, Data, Server, need, serving
 
 pytestmark = pytest.mark.pools
-INPUTS = 400
+INPUTS = int(os.environ.get("FARMEM_TEST_FUZZ_INPUTS", "400"))
 SEEDS = range(3)
 PATIENCE_S = 0.01
 OFFSETS = (0, 4096, 4 * MIB - 1, 4 * MIB, 1 << 63, (1 << 64) - 1)
@@ -42,10 +48,39 @@ class Victim:
         assert self.server.metrics()["data_restarts_total"] == 0, self.server.log
 
 
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an `nbdkit` that loads our plugin with sanitizers; what they find ends it."""
+    need("nbdkit", "gcc")
+    folder = tmp_path_factory.mktemp("sanitized")
+    plugin, native = folder / "plugin.so", ROOT / "native"
+    command = ["gcc", "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-g", "-fPIC", "-shared", "-pthread"]
+    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", str(plugin)]
+    sources = [str(native / "server" / f"{name}.c") for name in ("nbdkit_plugin", "lease_table")]
+    subprocess.run([*command, "-I", str(native / "include"), *sources], check=True)
+    libraries = " ".join(
+        subprocess.run(
+            ["gcc", f"-print-file-name=lib{name}.so"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("asan", "ubsan")
+    )
+    wrapper = folder / "nbdkit"
+    wrapper.write_text(
+        "#!/bin/bash\n"
+        f'exec env LD_PRELOAD="{libraries}" ASAN_OPTIONS=detect_leaks=0 '
+        f'{shutil.which("nbdkit")} "${{@/*nbdkit-farmem-plugin.so/{plugin}}}"\n'
+    )
+    wrapper.chmod(0o755)
+    return folder
+
+
 @pytest.fixture
-def victim() -> Iterator[Victim]:
-    with serving("--quota", "4M") as server:
+def victim(sanitized: Path) -> Iterator[Victim]:
+    path = f"{sanitized}:{os.environ['PATH']}"
+    with serving("--quota", "4M", env={"PATH": path}) as server:
         found = Victim(server)
+        maps = Path(f"/proc/{server.nbdkit()}/maps").read_text()
+        assert str(sanitized / "plugin.so") in maps and "libasan" in maps
         yield found
         found.check()
         found.data.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from tests.harness import assert_ok, assert_paged, compile_c, start_farmem
 from tests.pools.certificates import make_certificates
-from tests.pools.serving import need, serving
+from tests.pools.serving import UNIX, need, serving, until
 from tests.pools.tls_run import tls_words
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd, pytest.mark.root]
@@ -119,6 +120,31 @@ def test_a_wire_that_is_cut_for_a_while(
         result = job.finish(LIMIT_S)
     assert_ok(result)
     assert result.stats is not None and result.stats["pages_lost"] == 0
+
+
+def test_a_wire_that_stays_cut(network: Network, folder: Path, tmp_path: Path) -> None:
+    """The job ends, and the server has its memory back when the lease's time is over."""
+    words = (*tls_words(folder), "--data-port", str(DATA_PORT), "--ttl", "2s")
+    listens = [f"{LENDER}:{PORT}", "unix:{folder}/pool"]
+    soon = ("--pool-timeout", "2s", "--pool", f"tcp://{LENDER}:{PORT}", *tls_words(folder))
+    with serving(
+        *words, capacity="256M", listens=listens, wrapper=within(network.lender)
+    ) as server:
+        with start_farmem(
+            [compile_c("endless"), str(tmp_path / "stop")],
+            local="32M",
+            options=soon,
+            wrapper=within(network.borrower),
+        ) as job:
+            assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+            ip("-n", network.lender, "link", "set", "wire", "down")
+            try:
+                result = job.finish(LIMIT_S)
+            finally:
+                ip("-n", network.lender, "link", "set", "wire", "up")
+        assert result.returncode == -signal.SIGBUS, result.describe()
+        assert f"{LENDER}:{PORT}".encode() in result.stderr, result.describe()
+        until(lambda: server.ask("GET", "/v1/server", way=UNIX)[1]["leases"] == 0, "the lease")
 
 
 def test_a_host_that_is_not_there(network: Network, folder: Path) -> None:
