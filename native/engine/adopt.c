@@ -468,7 +468,7 @@ static bool pool_open(void)
     fm_pool_ledger_view(&c->ledger, fm.ledger_base, fm.slot);
     fm.chain = (struct fm_chain){ .frames = fm.frames, .ledger = &c->ledger, .count = &fm.proc->counters, .pool = fm.pool,
                                   .pool_fd = fm.pool_fd, .file_io = fm.control->file_io, .pool_bytes = fm.control->pool_bytes,
-                                  .server = &fm.control->pool_server, .thread = fm_thread_start, .done = transfer_done,
+                                  .servers = fm.control->pool_servers, .thread = fm_thread_start, .done = transfer_done,
                                   .say = fm_say, .gate_in = fm_fork_gate_in, .gate_out = fm_fork_gate_out };
     fm.backend = fm_chain_open(&fm.chain, fm.control);
     if (fm.backend == NULL)
