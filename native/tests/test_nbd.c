@@ -165,7 +165,7 @@ static void set_up_with(enum how how, bool meets_timeout)
     CHECK(base != MAP_FAILED && frames != MAP_FAILED && fm_pool_ledger_init(base, POOL_BYTES) == 0);
     fm_pool_ledger_view(&ledger, base, 0);
     ledger.trim = trim;
-    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .server = &server.there,
+    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .servers = &server.there,
                                .pool_bytes = POOL_BYTES, .thread = test_thread, .say = say,
                                .gate_in = gate_in, .gate_out = gate_out };
     atomic_store(&server.how, (int)how);
@@ -178,7 +178,7 @@ static void await_connections(void)
     uint64_t begin = fm_now_ns();
     for (uint32_t k = 0; k < FM_NBD_CONNECTIONS; sched_yield()) {
         CHECK(fm_now_ns() - begin < WAIT_NS);
-        k += fm_nbd_load(&fm_nbd.connection[k].state) == FM_NBD_UP;
+        k += fm_nbd_load(&fm_nbd[0].connection[k].state) == FM_NBD_UP;
     }
 }
 
@@ -306,7 +306,7 @@ static void gone(enum how how, const char *word)
     CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == 0);
     await_connections();
     atomic_store(&server.how, (int)how);
-    for (struct fm_nbd_connection *c = fm_nbd.connection; c < fm_nbd.connection + FM_NBD_CONNECTIONS; c++) {
+    for (struct fm_nbd_connection *c = fm_nbd[0].connection; c < fm_nbd[0].connection + FM_NBD_CONNECTIONS; c++) {
         fm_nbd_hold(c);
         shutdown(c->fd, SHUT_RDWR);
         fm_nbd_release(c);
