@@ -1,11 +1,7 @@
-"""An open pool on another host: what the job needs to know of it, and what keeps it alive.
-
-Within five seconds it is there, or there is an error that names the server.
-"""
+"""A server of a pool that was reached: what the job needs to know of it, and what keeps it alive."""
 
 import os
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +9,8 @@ from farmem import _native
 from farmem.errors import FarmemError
 from farmem.lease import Control, Lease, acquire, unreachable
 from farmem.nbd import ask_export, say_goodbye
-from farmem.pools import EXTENT_BYTES, Pool, host_memory_bytes
-from farmem.servers import NAME_BYTES_MAX, REACH_SECONDS, Address, Server, addresses_of, connect
+from farmem.pools import EXTENT_BYTES, host_memory_bytes
+from farmem.servers import NAME_BYTES_MAX, Address, Server, addresses_of, connect
 from farmem.sizes import format_bytes
 
 ffi, lib = _native.ffi, _native.lib
@@ -23,15 +19,11 @@ ffi, lib = _native.ffi, _native.lib
 class PoolServer:
     """A server that was reached, and an export that can be used."""
 
-    is_direct = False
-
-    def __init__(self, pool: Pool) -> None:
-        assert pool.server is not None
-        self._server = pool.server
+    def __init__(self, server: Server, deadline: float) -> None:
+        self._server = server
         self._lease: Lease | None = None
-        self._export = pool.server.export
+        self._export = server.export
         self._there: Any = None
-        deadline = time.monotonic() + REACH_SECONDS
         try:
             self._open(deadline)
         except OSError as error:
@@ -40,7 +32,16 @@ class PoolServer:
         except FarmemError:
             self.release()
             raise
-        self.fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # where others have a file
+
+    @property
+    def place(self) -> tuple[bytes, bytes]:
+        """What tells it from others, however they are called."""
+        return self._address.packed(), self._export
+
+    @property
+    def url(self) -> str:
+        """As it was asked for."""
+        return self._server.url
 
     def _open(self, deadline: float) -> None:
         server = self._server
@@ -70,9 +71,9 @@ class PoolServer:
                 f"{format_bytes(EXTENT_BYTES)} are the least",
             )
 
-    def fill(self, control: Any, timeout_ns: int) -> None:
-        """Tell the engine where it is."""
-        self._there = there = control.pool_server
+    def fill(self, there: Any, timeout_ns: int) -> None:
+        """Tell the engine where it is: a struct fm_pool_server."""
+        self._there = there
         address = self._address.packed()
         there.timeout_ns = timeout_ns
         there.address_bytes, there.export_bytes = len(address), len(self._export)
@@ -80,6 +81,7 @@ class PoolServer:
         ffi.memmove(there.export_name, self._export, len(self._export))
         name = os.fsencode(self._server.name)[:NAME_BYTES_MAX]
         ffi.memmove(there.name, name, len(name))
+        there.kind = lib.FM_SERVER_NBD
 
     def keep(self, say: Callable[[str], None]) -> None:
         """The supervisor's: see that the memory stays ours."""
@@ -95,10 +97,6 @@ class PoolServer:
         if self._lease is not None:
             self._lease.release()
             self._lease = None
-
-    def discard(self) -> None:
-        """The job has ended, or never began."""
-        self.release()
 
 
 def _export_of(lease: Lease) -> bytes:
