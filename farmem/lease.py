@@ -21,7 +21,7 @@ from farmem.errors import FarmemError
 from farmem.running import printable
 from farmem.servers import Address, Server, connect, seconds_left, why
 
-ANSWER_BYTES_MAX = 1 << 16
+ANSWER_BYTES_MAX = 1 << 20
 RENEW_SECONDS = 5.0
 RELEASE_SECONDS = 2.0
 FREE_SECONDS = 1.0
@@ -98,10 +98,11 @@ class Control:
         return answer.document
 
 
-def unreachable(server: Server, error: OSError) -> FarmemError:
+def unreachable(server: Server, error: OSError, what: str = "") -> FarmemError:
     """A server that does not answer, named."""
     hint = _START_HINT if server.leases else "see that an NBD server listens there"
-    return FarmemError(f"pool {server.url!r}: {server.name} can't be reached: {why(error)}", hint)
+    what = what or f"pool {server.url!r}"
+    return FarmemError(f"{what}: {server.name} can't be reached: {why(error)}", hint)
 
 
 def _receive(sock: socket.socket, deadline: float) -> bytes:
@@ -126,6 +127,11 @@ def _refusal(answer: Answer) -> str:
 
 def _hint(answer: Answer) -> str:
     return _text(answer, "hint") or "see what the server says"
+
+
+def refusal_of(answer: Answer) -> tuple[str, str]:
+    """Why something was refused, and what to do."""
+    return _refusal(answer), _hint(answer)
 
 
 def _user() -> str:

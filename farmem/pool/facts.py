@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 
+from farmem.pool.directory import Directory
 from farmem.pool.leases import Leases
 from farmem.pool.nbdkit import Door
 
@@ -17,6 +18,7 @@ class Facts:
     leases: Leases
     doors: list[Door]
     is_quiet: bool = False
+    directory: Directory | None = None  # the registry that it keeps
     started_seconds: float = dataclasses.field(default_factory=time.time)
 
     def say(self, text: str) -> None:
