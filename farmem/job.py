@@ -122,7 +122,7 @@ class Job:
         control.defects = request.defects
         control.evict_mode = request.evict_mode
         control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
-        if request.pool.servers:
+        if request.pool.is_elsewhere:
             from farmem.poolservers import PoolServers
 
             assert isinstance(self.pool, PoolServers)
@@ -155,7 +155,7 @@ def _memory_for(pool: Pool, name: str, size_bytes: int) -> Memory:
 
 def _open_ledger(pool: Pool) -> Memory:
     ledger = _memory_for(pool, "farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
-    begin = lib.fm_pool_ledger_init_empty if pool.servers else lib.fm_pool_ledger_init
+    begin = lib.fm_pool_ledger_init_empty if pool.is_elsewhere else lib.fm_pool_ledger_init
     if begin(ledger.pointer, pool.capacity_bytes) != 0:
         raise FarmemError(
             f"pool {pool.url!r} is larger than a job can address", smaller_pool_hint(pool)
@@ -166,10 +166,10 @@ def _open_ledger(pool: Pool) -> Memory:
 def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers, Request]":
     """The pool, and the request with what the pool is known to have now."""
     pool = request.pool
-    if pool.servers:
+    if pool.is_elsewhere:
         from farmem.poolservers import PoolServers
 
-        there = PoolServers(pool)
+        there = PoolServers(pool, request.budget_bytes)
         return there, request._replace(pool=pool._replace(capacity_bytes=there.capacity_bytes))
     if pool.path:
         from farmem.poolfile import PoolFile

@@ -219,19 +219,37 @@ def _number(document: dict[str, Any], key: str) -> int:
     return value
 
 
-def acquire(control: Control, wanted_bytes: int | None, most_bytes: int, deadline: float) -> Lease:
+def standing(control: Control, deadline: float) -> tuple[int, int]:
+    """What a server may lend at once, and what of it is free; what it does not say is 0."""
+    server = control.asked("GET", "/v1/server", deadline)
+    sizes = (server.get("capacity_bytes"), server.get("free_bytes"))
+    capacity_bytes, free_bytes = (
+        size if type(size) is int and size > 0 else 0 for size in sizes
+    )
+    return capacity_bytes, free_bytes
+
+
+def acquire(
+    control: Control,
+    wanted_bytes: int | None,
+    most_bytes: int,
+    deadline: float,
+    patience_seconds: float = FREE_SECONDS,
+) -> Lease:
     """A lease of so many bytes, or of what there is, up to as much as most_bytes."""
     if wanted_bytes is None:
-        wanted_bytes = _what_there_is(control, most_bytes, deadline)
+        wanted_bytes = _what_there_is(control, most_bytes, deadline, patience_seconds)
     job = f"{socket.gethostname()} {os.getpid()}"
     request = {"bytes": wanted_bytes, "job": job, "tenant": _user()}
     return Lease(control, control.asked("POST", "/v1/leases", deadline, request))
 
 
-def _what_there_is(control: Control, most_bytes: int, deadline: float) -> int:
+def _what_there_is(
+    control: Control, most_bytes: int, deadline: float, patience_seconds: float
+) -> int:
     """What the server has free, in whole extents.  A job that has just ended, and had it all, gives
     it back a moment after its command has gone."""
-    patience = time.monotonic() + FREE_SECONDS
+    patience = time.monotonic() + patience_seconds
     while True:
         server = control.asked("GET", "/v1/server", deadline)
         extent_bytes = _number(server, "extent_bytes")

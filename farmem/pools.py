@@ -15,6 +15,7 @@ from farmem.errors import FarmemError
 from farmem.sizes import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from farmem.registry import Registry
     from farmem.servers import Server
 
 EXTENT_BYTES = 2 << 20
@@ -25,6 +26,9 @@ SERVER_SCHEMES = {
     "unix": "a farmem serve on this host, by its socket",
     "nbd": "an NBD server's export",
     "nbd+unix": "an NBD server on this host, by its socket",
+    "registry+http": "the servers that a farmem serve knows of",
+    "registry+etcd": "the servers that etcd knows of",
+    "registry+file": "the servers that a file names",
 }
 # More is only used when it was asked for: the ledger of a pool costs address space.
 FILE_BYTES_DEFAULT_MAX = 1 << 40
@@ -34,7 +38,8 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
     "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, unix:///PATH, "
-    "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
+    "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, registry+http://HOST:PORT, "
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml"
 )
 FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 
@@ -47,6 +52,12 @@ class Pool(NamedTuple):
     capacity_bytes: int
     path: str = ""
     servers: "tuple[Server, ...]" = ()
+    registry: "Registry | None" = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is on servers."""
+        return bool(self.servers) or self.registry is not None
 
 
 def host_memory_bytes() -> int:
@@ -65,6 +76,10 @@ def parse_pool(url: str) -> Pool:
         path = _existing_place(url, path)
         wanted_bytes = _free_bytes(path) if size is None else parse_size(size, "pool size")
         return Pool(url, _whole_extents(url, wanted_bytes), path)
+    if colon and scheme.startswith("registry+"):
+        from farmem.registry import parse_registry
+
+        return Pool(url, 0, registry=parse_registry(url))
     if colon and scheme in SERVER_SCHEMES:
         from farmem.servers import parse_server
 
@@ -84,7 +99,7 @@ def join_pools(pools: Sequence[Pool]) -> Pool:
         if not pool.servers:
             raise FarmemError(
                 f"pool {pool.url!r} is no server, and only servers can be used together",
-                "give --pool once, or servers alone, as --pool tcp://A:7717 --pool tcp://B:7717",
+                "give --pool once, or servers one by one, as --pool tcp://A:7717 --pool tcp://B:7717",
             )
         if urls.count(pool.url) > 1:
             raise FarmemError(f"pool {pool.url!r} is named twice", "name each server once")

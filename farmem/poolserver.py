@@ -3,11 +3,11 @@
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from farmem import _native
 from farmem.errors import FarmemError
-from farmem.lease import Control, Lease, acquire, unreachable
+from farmem.lease import FREE_SECONDS, Control, Lease, acquire, standing, unreachable
 from farmem.nbd import ask_export, say_goodbye
 from farmem.pools import EXTENT_BYTES, host_memory_bytes
 from farmem.servers import NAME_BYTES_MAX, Address, Server, addresses_of, connect
@@ -16,11 +16,20 @@ from farmem.sizes import format_bytes
 ffi, lib = _native.ffi, _native.lib
 
 
+class Chunk(NamedTuple):
+    """How much to lease of a server whose URL does not say, at most, and how long to wait for it."""
+
+    most_bytes: int
+    patience_seconds: float = FREE_SECONDS
+
+
 class PoolServer:
     """A server that was reached, and an export that can be used."""
 
-    def __init__(self, server: Server, deadline: float) -> None:
+    def __init__(self, server: Server, chunk: Chunk, deadline: float) -> None:
         self._server = server
+        self._chunk = chunk
+        self.limit_bytes = 0  # what may be had of it in all; 0: no more than this
         self._lease: Lease | None = None
         self._export = server.export
         self._there: Any = None
@@ -49,7 +58,12 @@ class PoolServer:
         most_bytes: int | None = None
         if server.leases:
             control = Control(server, addresses)
-            self._lease = acquire(control, server.size_bytes, host_memory_bytes(), deadline)
+            chunk = self._chunk
+            self._lease = acquire(
+                control, server.size_bytes, chunk.most_bytes, deadline, chunk.patience_seconds
+            )
+            if server.size_bytes is None:
+                self.limit_bytes = min(standing(control, deadline)[0], host_memory_bytes())
             addresses = _data_addresses(server, self._lease, control.addresses, deadline)
             self._export = _export_of(self._lease)
             most_bytes = self._lease.size_bytes
@@ -90,7 +104,22 @@ class PoolServer:
 
     def _is_lost(self) -> None:
         """The engines need not wait for what does not come."""
-        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, 1)
+        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GONE)
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether more can be stored there, as far as anybody knows."""
+        return not self._there.gone and not self._there.down
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is one lease of several that the server may give us."""
+        return self._lease is not None and self._server.size_bytes is None
+
+    def give_back(self) -> None:
+        """Nothing is stored there: the engines let go of it, and say nothing."""
+        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GIVEN_BACK)
+        self.release()
 
     def release(self) -> None:
         """Give the lease back, if there is one."""

@@ -113,10 +113,12 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     help="Where pages go. file:FOLDER: an unnamed file in a folder on a disk, gone with the job; "
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
-    "`farmem serve`, by its address or its socket (?size=8G behind it: so much, else what it has "
-    "free, up to this host's memory). nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH: "
+    "`farmem serve`, by its address or its socket (?size=8G behind it: so much, at once; else "
+    "more and more of what it has, as it is needed). nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH: "
     "the export of any NBD server; all of it is overwritten. Of servers there can be several, each "
-    "with a --pool of its own: what is evicted is spread over them. "
+    "with a --pool of its own: what is evicted is spread over them. registry+http://HOST:PORT, "
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml: as many servers as "
+    "are needed of those that are registered. "
     "mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(

@@ -11,12 +11,6 @@ from typing import Any, NamedTuple
 from farmem.errors import FarmemError
 from farmem.servers import REACH_SECONDS, parse_server
 
-PREFIX = "registry+"
-SCHEMES = {
-    "registry+http": "the servers that a farmem serve knows of",
-    "registry+etcd": "the servers that etcd knows of",
-    "registry+file": "the servers that a file names",
-}
 HINT = (
     "write it as registry+http://HOST:PORT (a `farmem serve --registry`), "
     "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, or registry+file:///PATH.toml"

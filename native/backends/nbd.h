@@ -44,7 +44,7 @@ struct fm_nbd_connection {
 /* A server, or rather an export. */
 struct fm_nbd {
     struct fm_backend *b;
-    const struct fm_pool_server *server;
+    struct fm_pool_server *server;
     const struct fm_pool_span *span;  /* its extents */
     fm_lock lock;                     /* of the queues, the requests and the states */
     struct fm_io *head[2], *tail[2];  /* fetches first: a thread of the program waits for each */

@@ -43,7 +43,12 @@ static uint64_t stored_bytes(const struct fm_nbd *n)
     return fm_pool_ledger_span_used(n->b->chain->ledger->base, n->b->number) * FM_PAGE_BYTES;
 }
 
-static void shut(struct fm_nbd *n, bool on) { fm_pool_span_shut(n->b->chain->ledger, n->b->number, on); }
+static void shut(struct fm_nbd *n, bool on)
+{
+    fm_pool_span_shut(n->b->chain->ledger, n->b->number, on);
+    if (fm_nbd_load(&n->server->down) != on)
+        fm_nbd_store(&n->server->down, on);
+}
 
 void fm_nbd_say_lost(struct fm_nbd *n)
 {
@@ -56,7 +61,7 @@ void fm_nbd_say_lost(struct fm_nbd *n)
 void fm_nbd_is_gone(struct fm_nbd *n, const char *why)
 {
     shut(n, true);
-    if (__atomic_exchange_n(&n->gone, 1, __ATOMIC_SEQ_CST) == 0)
+    if (__atomic_exchange_n(&n->gone, 1, __ATOMIC_SEQ_CST) == 0 && fm_nbd_load(&n->server->gone) != FM_SERVER_GIVEN_BACK)
         fm_nbd_say(n, FM_LEVEL_ERROR, why, ": what was stored there is lost; bytes", stored_bytes(n));
     fm_nbd_ring();
 }
@@ -109,17 +114,19 @@ static void look(struct fm_nbd *n)
     bool overdue = false;
     fm_lock_take(&n->lock);
     uint64_t since = fm_nbd_oldest(n, now);
-    bool up = n->up > 0, hopeless = fm_nbd_hopeless(n, now), waits = n->outstanding > 0;
+    bool up = n->up > 0, hopeless = fm_nbd_hopeless(n, now), waits = n->outstanding > 0, used = n->used != 0;
     if (waits) {
         overdue = any_overdue(n, now);
         failed = fm_nbd_take_due(n, now);
     }
     fm_lock_drop(&n->lock);
-    shut(n, hopeless);
+    if (used || hopeless)                    /* who has not asked anything of it knows nothing */
+        shut(n, hopeless);
     if (waits && !hopeless)
         fm_nbd_begin(n);
     if (!fm_nbd_gone(n))
         say_how_it_is(n, now, since, up);
+    overdue |= fm_nbd_gone(n);               /* what still comes from there is of no use */
     for (struct fm_nbd_connection *c = n->connection; overdue && c < n->connection + FM_NBD_CONNECTIONS; c++)
         half_close(c);
     fm_nbd_fail_all(n, failed);

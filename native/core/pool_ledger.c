@@ -16,6 +16,7 @@
 
 #define LEDGER_MAGIC 0x7265676465ull
 #define REFS_FREEING 0xffffffffu
+#define REFS_CLOSED 0xfffffffeu
 #define SLOT_BYTES 4096ull
 #define EXTENT_BYTES (FM_EXTENT_SLOTS * SLOT_BYTES)
 #define REAPER FM_PROCS_MAX     /* as a process's number: what the supervisor trims for the dead */
@@ -27,7 +28,7 @@ struct head {
     uint64_t used;      /* slots */
     uint64_t peak;
     uint32_t spans;     /* written last when one is added */
-    uint32_t pad;
+    uint32_t end;       /* no extent from here on was ever in a span */
     struct fm_pool_span span[FM_SPANS_MAX];
 };
 
@@ -36,6 +37,11 @@ _Static_assert(sizeof(struct head) <= 4096 && FM_SPANS_MAX <= 64, "the head has 
 struct layout {
     uint64_t refs, owner, slots, checksum, bitmaps, bitmap_bytes, end;
 };
+
+static bool swap32(uint32_t *p, uint32_t was, uint32_t is)
+{
+    return __atomic_compare_exchange_n(p, &was, is, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
 
 static uint64_t pages_up(uint64_t bytes) { return (bytes + 4095) & ~4095ull; }
 
@@ -68,15 +74,63 @@ int fm_pool_ledger_init_empty(void *base, uint64_t pool_bytes)
     return 0;
 }
 
+/* The place of a span that was closed; NULL: there is none that is large enough. */
+static struct fm_pool_span *closed_place(struct head *h, uint32_t extents)
+{
+    for (struct fm_pool_span *s = h->span; s < h->span + h->spans; s++)
+        if (s->extents == 0 && s->room >= extents)
+            return s;
+    return NULL;
+}
+
 int fm_pool_ledger_add(void *base, uint32_t extents)
 {
     struct head *h = base;
-    uint32_t k = h->spans, first = k > 0 ? h->span[k - 1].first + h->span[k - 1].extents : 0;
-    if (k == FM_SPANS_MAX || extents == 0 || extents > h->extents - first)
+    struct fm_pool_ledger l;
+    uint32_t k = h->spans;
+    struct fm_pool_span *closed = closed_place(h, extents), *s = &h->span[k];
+    if (k == FM_SPANS_MAX || extents == 0 || (closed == NULL && extents > h->extents - h->end))
         return -1;
-    h->span[k] = (struct fm_pool_span){ .first = first, .extents = extents };
+    *s = (struct fm_pool_span){ .first = h->end, .extents = extents, .room = extents };
+    if (closed != NULL) {
+        s->first = closed->first;
+        s->room = closed->room;
+        closed->room = 0;
+        fm_pool_ledger_view(&l, base, 0);
+        for (uint32_t e = s->first; e < s->first + extents; e++)
+            __atomic_store_n(&l.extent_refs[e], 0, __ATOMIC_RELAXED);
+    } else {
+        __atomic_store_n(&h->end, h->end + extents, __ATOMIC_RELEASE);
+    }
     __atomic_store_n(&h->spans, k + 1, __ATOMIC_RELEASE);
     return (int)k;
+}
+
+uint32_t fm_pool_ledger_room(void *base)
+{
+    struct head *h = base;
+    uint32_t most = (uint32_t)h->extents - h->end;
+    for (const struct fm_pool_span *s = h->span; s < h->span + h->spans; s++)
+        most = s->extents == 0 && s->room > most ? s->room : most;
+    return h->spans < FM_SPANS_MAX ? most : 0;
+}
+
+int fm_pool_ledger_close(void *base, uint32_t span)
+{
+    struct fm_pool_ledger l;
+    fm_pool_ledger_view(&l, base, 0);
+    struct fm_pool_span *s = &((struct head *)base)->span[span];
+    uint32_t n = 0;
+    fm_assert(span < fm_pool_spans(&l));
+    while (n < s->extents && swap32(&l.extent_refs[s->first + n], 0, REFS_CLOSED))
+        n++;
+    if (n == s->extents) {
+        __atomic_store_n(&s->extents, 0, __ATOMIC_RELEASE);
+        return 0;
+    }
+    while (n-- > 0)
+        __atomic_store_n(&l.extent_refs[s->first + n], 0, __ATOMIC_RELEASE);
+    return -1;
 }
 
 int fm_pool_ledger_init(void *base, uint64_t pool_bytes)
@@ -111,11 +165,6 @@ void fm_pool_ledger_view(struct fm_pool_ledger *l, void *base, uint32_t proc)
     l->trim_ctx = NULL;
 }
 
-static bool swap32(uint32_t *p, uint32_t was, uint32_t is)
-{
-    return __atomic_compare_exchange_n(p, &was, is, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-}
-
 /* ---- spans ------------------------------------------------------------------------------------------------- */
 
 uint32_t fm_pool_spans(const struct fm_pool_ledger *l)
@@ -129,24 +178,25 @@ const struct fm_pool_span *fm_pool_span(const struct fm_pool_ledger *l, uint32_t
     return &((const struct head *)l->base)->span[span];
 }
 
-/* They are few, and in order. */
+static uint32_t extents_of(const struct fm_pool_span *s) { return __atomic_load_n(&s->extents, __ATOMIC_ACQUIRE); }
+
+/* They are few.  One that is closed meanwhile has no extent in use. */
 uint32_t fm_pool_span_of(const struct fm_pool_ledger *l, uint32_t extent)
 {
-    uint32_t k = fm_pool_spans(l);
-    fm_assert(k > 0);
-    do {
-        k--;
-    } while (k > 0 && extent < fm_pool_span(l, k)->first);
-    const struct fm_pool_span *s = fm_pool_span(l, k);
-    fm_assert(extent >= s->first && extent - s->first < s->extents);
-    return k;
+    uint32_t n = fm_pool_spans(l);
+    for (uint32_t k = 0; k < n; k++) {
+        const struct fm_pool_span *s = fm_pool_span(l, k);
+        if (extent >= s->first && extent - s->first < extents_of(s))
+            return k;
+    }
+    fm_assert(!"an extent that is in use lies in a span");
+    return n;
 }
 
 /* Nothing behind it was ever in use. */
 static uint32_t spans_end(const struct fm_pool_ledger *l)
 {
-    uint32_t n = fm_pool_spans(l);
-    return n > 0 ? fm_pool_span(l, n - 1)->first + fm_pool_span(l, n - 1)->extents : 0;
+    return __atomic_load_n(&((const struct head *)l->base)->end, __ATOMIC_ACQUIRE);
 }
 
 static bool is_shut(const struct fm_pool_ledger *l, uint32_t span)
@@ -167,9 +217,18 @@ bool fm_slot_shut(const struct fm_pool_ledger *l, uint32_t slot)
     return __atomic_load_n(&l->shut, __ATOMIC_ACQUIRE) != 0 && is_shut(l, fm_pool_span_of(l, slot / FM_EXTENT_SLOTS));
 }
 
-static void count_taken(struct fm_pool_ledger *l, uint32_t span, uint32_t n)
+/* A process that dies in between may make it wrong by one. */
+static void count_taken(struct fm_pool_ledger *l, uint32_t span, bool more)
 {
-    __atomic_add_fetch(&((struct head *)l->base)->span[span].taken, n, __ATOMIC_RELAXED);
+    uint32_t *taken = &((struct head *)l->base)->span[span].taken;
+    if (more || __atomic_load_n(taken, __ATOMIC_RELAXED) > 0)
+        __atomic_add_fetch(taken, more ? 1u : (uint32_t)-1, __ATOMIC_RELAXED);
+}
+
+static uint32_t free_of(const struct fm_pool_span *s)
+{
+    uint32_t taken = __atomic_load_n(&s->taken, __ATOMIC_RELAXED), extents = extents_of(s);
+    return taken < extents ? extents - taken : 0;
 }
 
 /* The one with the most free of those that were not tried; one that is shut only when there is no other. */
@@ -178,9 +237,7 @@ static uint32_t roomiest(const struct fm_pool_ledger *l, uint64_t tried)
     uint32_t best = FM_SPANS_MAX;
     uint64_t most = 0;
     for (uint32_t k = 0; k < fm_pool_spans(l); k++) {
-        const struct fm_pool_span *s = fm_pool_span(l, k);
-        uint32_t taken = __atomic_load_n(&s->taken, __ATOMIC_RELAXED);
-        uint64_t rank = 1 + (taken < s->extents ? s->extents - taken : 0) + ((uint64_t)!is_shut(l, k) << 32);
+        uint64_t rank = 1 + free_of(fm_pool_span(l, k)) + ((uint64_t)!is_shut(l, k) << 32);
         if ((tried >> k & 1) != 0 || rank <= most)
             continue;
         best = k;
@@ -194,15 +251,16 @@ static uint32_t roomiest(const struct fm_pool_ledger *l, uint64_t tried)
 static uint32_t take_of_span(struct fm_pool_ledger *l, uint32_t span, uint32_t hint)
 {
     struct fm_pool_span *s = &((struct head *)l->base)->span[span];
-    bool near = hint != FM_EXTENT_NONE && hint >= s->first && hint - s->first < s->extents;
+    uint32_t n = extents_of(s);
+    bool near = hint != FM_EXTENT_NONE && hint >= s->first && hint - s->first < n;
     uint64_t from = near ? hint - s->first : __atomic_load_n(&s->next, __ATOMIC_RELAXED);
-    for (uint32_t i = 0; i < s->extents; i++) {
-        uint32_t e = s->first + (uint32_t)((from + i) % s->extents);
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t e = s->first + (uint32_t)((from + i) % n);
         if (__atomic_load_n(&l->extent_refs[e], __ATOMIC_RELAXED) != 0 || !swap32(&l->extent_refs[e], 0, 1))
             continue;
         __atomic_store_n(&l->extent_owner[e], l->proc + 1, __ATOMIC_RELEASE);
         __atomic_store_n(&s->next, e - s->first + 1, __ATOMIC_RELAXED);
-        count_taken(l, span, 1);
+        count_taken(l, span, true);
         return e;
     }
     return FM_EXTENT_NONE;
@@ -225,7 +283,7 @@ uint32_t fm_extent_take(struct fm_pool_ledger *l, uint32_t hint)
 /* The owner first: whoever takes the extent next writes its own. */
 static void extent_trimmed(struct fm_pool_ledger *l, uint32_t e)
 {
-    count_taken(l, fm_pool_span_of(l, e), (uint32_t)-1);
+    count_taken(l, fm_pool_span_of(l, e), false);
     __atomic_store_n(&l->extent_owner[e], 0, __ATOMIC_RELEASE);
     __atomic_store_n(&l->extent_refs[e], 0, __ATOMIC_RELEASE);
 }
@@ -253,7 +311,7 @@ void fm_pool_ledger_trim(struct fm_pool_ledger *l, uint32_t span, void (*punch)(
                          void *ctx)
 {
     const struct fm_pool_span *s = fm_pool_span(l, span);
-    uint32_t end = s->first + s->extents;
+    uint32_t end = s->first + extents_of(s);
     for (uint32_t e = s->first; e < end; e++) {
         uint32_t n = 0;
         while (n < PUNCH_EXTENTS_MAX && e + n < end && to_trim(l, e + n))
@@ -376,13 +434,26 @@ void fm_pool_ledger_reap(void *base, uint32_t proc, int trim_later)
 uint64_t fm_pool_ledger_used(void *base) { return ((struct head *)base)->used; }
 uint64_t fm_pool_ledger_peak(void *base) { return ((struct head *)base)->peak; }
 
+uint32_t fm_pool_ledger_span_extents(void *base, uint32_t span) { return extents_of(&((struct head *)base)->span[span]); }
+uint32_t fm_pool_ledger_span_free(void *base, uint32_t span) { return free_of(&((struct head *)base)->span[span]); }
+
+uint64_t fm_pool_ledger_capacity(void *base)
+{
+    struct fm_pool_ledger l;
+    uint64_t extents = 0;
+    fm_pool_ledger_view(&l, base, 0);
+    for (uint32_t k = 0; k < fm_pool_spans(&l); k++)
+        extents += extents_of(fm_pool_span(&l, k));
+    return extents * EXTENT_BYTES;
+}
+
 uint64_t fm_pool_ledger_span_used(void *base, uint32_t span)
 {
     struct fm_pool_ledger l;
     uint64_t used = 0;
     fm_pool_ledger_view(&l, base, 0);
     const struct fm_pool_span *s = fm_pool_span(&l, span);
-    for (uint32_t e = s->first; e < s->first + s->extents; e++) {
+    for (uint32_t e = s->first, end = s->first + extents_of(s); e < end; e++) {
         uint32_t refs = __atomic_load_n(&l.extent_refs[e], __ATOMIC_ACQUIRE);
         uint32_t owned = __atomic_load_n(&l.extent_owner[e], __ATOMIC_ACQUIRE) != 0;
         if (refs != REFS_FREEING && refs > owned)

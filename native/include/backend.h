@@ -24,7 +24,7 @@ struct fm_chain {
     char *pool;                       /* mem: the mapped pool */
     int pool_fd;                      /* file: the open file, in the engine's descriptor table */
     uint32_t file_io;                 /* enum fm_file_io */
-    const struct fm_pool_server *servers;  /* by number */
+    struct fm_pool_server *servers;        /* by number */
     bool nbd_is_tended;               /* nbd: its tender runs */
     uint64_t pool_bytes;
     const char *full;                 /* what to say when no space could be granted; NULL: there is space, or was no try */

@@ -148,6 +148,11 @@ enum fm_defect {
 };
 
 enum fm_server_kind { FM_SERVER_NONE = 0, FM_SERVER_NBD = 1 };
+/* What the supervisor knows of a lease that has ended. */
+enum fm_server_end {
+    FM_SERVER_GONE = 1,               /* with what was stored there */
+    FM_SERVER_GIVEN_BACK = 2          /* nothing was */
+};
 
 /* Where a part of a pool elsewhere is, and how it is spoken to.  Its number is that of the span of extents that lie there
  * (pool_ledger.h), which is made when all of this is filled in. */
@@ -155,8 +160,10 @@ struct fm_pool_server {
     uint64_t timeout_ns;              /* a request that is not answered within it has failed */
     uint32_t address_bytes;           /* of address: a struct sockaddr of any family */
     uint32_t export_bytes;            /* of export_name */
-    uint32_t gone;                    /* 1: the supervisor has learned that our lease has ended */
+    uint32_t gone;                    /* enum fm_server_end; 0: as far as the supervisor knows it is there */
     uint32_t kind;                    /* enum fm_server_kind */
+    uint32_t down;                    /* an engine has waited for it in vain, and uses nothing more of it for now */
+    uint32_t pad;
     uint8_t address[128];
     char name[128];                   /* what messages call the server; always ends with 0 */
     char export_name[1024];           /* FM_POOL_EXPORT_BYTES; may be a secret (a lease's token): never said, never logged */
@@ -177,6 +184,8 @@ struct fm_control {
     uint32_t userfaultfd_way;         /* enum fm_uffd_way: how `farmem run` found it can be had */
     uint32_t procs_high;              /* no slot from this one on was ever used */
     uint32_t file_io;                 /* enum fm_file_io */
+    uint32_t pool_grows;              /* 1: the supervisor gets more of it before it is full */
+    uint32_t pad;
     uint64_t pool_stored_pages;       /* slots in use now, all processes */
     uint64_t pool_peak_pages;
     uint64_t message_next;

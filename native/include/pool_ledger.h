@@ -28,9 +28,18 @@ uint64_t fm_pool_ledger_bytes(uint64_t pool_bytes);
 int fm_pool_ledger_init(void *base, uint64_t pool_bytes);
 /* ... of no span yet: pool_bytes is as large as it can become. */
 int fm_pool_ledger_init_empty(void *base, uint64_t pool_bytes);
-/* So many extents more, as a span of their own behind the others: from now on they are taken.  The span's number,
- * or -1: there is no room.  By one thread of the job only. */
+/* So many extents more, as a span of their own: from now on they are taken.  The span's number, which no other ever
+ * has, or -1: there is no room.  By one thread of the job only, as is the next. */
 int fm_pool_ledger_add(void *base, uint32_t extents);
+/* The most that can be added now. */
+uint32_t fm_pool_ledger_room(void *base);
+/* Nothing is taken of a span any more.  0, or -1: something of it is in use, and all stays as it was. */
+int fm_pool_ledger_close(void *base, uint32_t span);
+/* Extents of a span, and about how many of them are free. */
+uint32_t fm_pool_ledger_span_extents(void *base, uint32_t span);
+uint32_t fm_pool_ledger_span_free(void *base, uint32_t span);
+/* Bytes of all spans. */
+uint64_t fm_pool_ledger_capacity(void *base);
 /* Give back all that the process in a ledger slot held.  With trim_later extents that are empty
  * now wait for fm_pool_ledger_trim_reaped(); without it their space is just not returned. */
 void fm_pool_ledger_reap(void *base, uint32_t proc, int trim_later);
@@ -46,7 +55,8 @@ uint64_t fm_pool_ledger_span_used(void *base, uint32_t span);
 
 /* Extents that come from one place. */
 struct fm_pool_span {
-    uint32_t first, extents;
+    uint32_t first, extents; /* none: it was closed, and its place may be another's */
+    uint32_t room;           /* of its place */
     uint32_t taken;          /* about how many are not free: what decides where the next extent comes from */
     uint32_t next;           /* where the search for a free one begins, from first on */
 };

@@ -212,6 +212,42 @@ static void test_spans_are_added_as_long_as_there_is_room(void)
     end_ledger(base);
 }
 
+static void test_a_span_is_closed_when_nothing_of_it_is_used(void)
+{
+    void *base = empty_ledger();
+    struct fm_pool_ledger l = view_of(base, 0);
+    CHECK(fm_pool_ledger_add(base, 1) == 0 && fm_pool_ledger_add(base, 3) == 1);
+    CHECK(fm_pool_ledger_capacity(base) == EXTENTS * EXTENT_BYTES);
+    uint32_t e = fm_extent_take(&l, 2);
+    CHECK(e == 2 && fm_pool_ledger_span_free(base, 1) == 2 && fm_pool_ledger_close(base, 1) == -1);
+    CHECK(fm_extent_take(&l, 3) == 3);                   /* all is as it was */
+    fm_extent_release(&l, 2);
+    fm_extent_release(&l, 3);
+    CHECK(fm_pool_ledger_span_extents(base, 1) == 3 && fm_pool_ledger_span_free(base, 1) == 3);
+    CHECK(fm_pool_ledger_close(base, 1) == 0 && fm_pool_ledger_span_extents(base, 1) == 0);
+    CHECK(fm_pool_ledger_capacity(base) == EXTENT_BYTES && fm_pool_ledger_span_used(base, 1) == 0);
+    CHECK(fm_extent_take(&l, 2) == 0 && fm_extent_take(&l, 2) == FM_EXTENT_NONE);
+    /* Its place is another's then. */
+    CHECK(fm_pool_ledger_room(base) == 3);
+    CHECK(fm_pool_ledger_add(base, 4) == -1 && fm_pool_ledger_add(base, 2) == 2 && fm_pool_ledger_add(base, 1) == -1);
+    CHECK(fm_pool_spans(&l) == 3 && fm_extent_take(&l, 2) == 2 && fm_pool_span_of(&l, 2) == 2);
+    CHECK(fm_extent_take(&l, 2) == 1 && fm_extent_take(&l, 2) == FM_EXTENT_NONE);
+    fm_pool_ledger_reap(base, 0, 0);
+    CHECK(fm_pool_ledger_close(base, 2) == 0 && fm_pool_ledger_add(base, 3) == 3 && fm_extent_take(&l, 3) == 3);
+    fm_pool_ledger_reap(base, 0, 0);
+    end_ledger(base);
+}
+
+static void test_spans_are_finite(void)
+{
+    void *base = empty_ledger();
+    CHECK(fm_pool_ledger_add(base, 1) == 0);
+    for (uint32_t k = 1; k < FM_SPANS_MAX; k++)
+        CHECK(fm_pool_ledger_add(base, 1) == (int)k && fm_pool_ledger_close(base, k) == 0);
+    CHECK(fm_pool_ledger_add(base, 1) == -1 && fm_pool_ledger_room(base) == 0);
+    end_ledger(base);
+}
+
 static void test_the_roomiest_span_gives_the_next_extent(void)
 {
     void *base = empty_ledger();
@@ -349,6 +385,8 @@ int main(void)
     test_an_empty_extent_is_returned();
     test_what_was_put_off_is_trimmed_once();
     test_spans_are_added_as_long_as_there_is_room();
+    test_a_span_is_closed_when_nothing_of_it_is_used();
+    test_spans_are_finite();
     test_the_roomiest_span_gives_the_next_extent();
     test_a_span_that_is_shut_is_the_last_resort();
     test_what_is_used_is_told_by_span();

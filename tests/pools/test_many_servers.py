@@ -63,7 +63,7 @@ def test_servers_of_all_kinds_and_sizes() -> None:
         nbd_server("qemu-nbd", over="unix", size_mib=64) as middle,
         serving(capacity="64M") as serve,
     ):
-        urls = (small.url, middle.url, f"tcp://127.0.0.1:{serve.port}")
+        urls = (small.url, middle.url, f"tcp://127.0.0.1:{serve.port}?size=64M")
         result = run_farmem(
             [compile_c("verify"), "2", "128", "2"], local="32M", options=options_of(*urls)
         )
@@ -188,7 +188,7 @@ def test_one_that_is_started_anew(tmp_path: Path) -> None:
         start_farmem(
             [compile_c("newcomer"), str(tmp_path / "go")],
             local="32M",
-            options=(*options_of(serve.url, other.url), *SOON),
+            options=(*options_of(serve.options[1], other.url), *SOON),
         ) as job,
     ):
         assert job.out is not None and job.err is not None
