@@ -96,13 +96,14 @@ int fm_pool_ledger_add(void *base, uint32_t extents)
         s->first = closed->first;
         s->room = closed->room;
         closed->room = 0;
-        fm_pool_ledger_view(&l, base, 0);
-        for (uint32_t e = s->first; e < s->first + extents; e++)
-            __atomic_store_n(&l.extent_refs[e], 0, __ATOMIC_RELAXED);
     } else {
         __atomic_store_n(&h->end, h->end + extents, __ATOMIC_RELEASE);
     }
     __atomic_store_n(&h->spans, k + 1, __ATOMIC_RELEASE);
+    /* Opened last: who can take one finds its span. */
+    fm_pool_ledger_view(&l, base, 0);
+    for (uint32_t e = s->first; closed != NULL && e < s->first + extents; e++)
+        __atomic_store_n(&l.extent_refs[e], 0, __ATOMIC_RELEASE);
     return (int)k;
 }
 
