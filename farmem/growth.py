@@ -1,7 +1,7 @@
 """When a pool on servers gets more memory, and when it gives some back.
 
-What is evicted is only stored in what was leased before, so more is leased while there is still some
-free.  Amounts grow with what is there already, so that few leases do; and what is given back
+What is evicted is only stored in what was leased before, so more is leased while there is still
+some free.  Amounts grow with what is there already, so that few leases do; and what is given back
 is so much less than what would be got again that it does not go to and fro.
 """
 

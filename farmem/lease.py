@@ -223,9 +223,7 @@ def standing(control: Control, deadline: float) -> tuple[int, int]:
     """What a server may lend at once, and what of it is free; what it does not say is 0."""
     server = control.asked("GET", "/v1/server", deadline)
     sizes = (server.get("capacity_bytes"), server.get("free_bytes"))
-    capacity_bytes, free_bytes = (
-        size if type(size) is int and size > 0 else 0 for size in sizes
-    )
+    capacity_bytes, free_bytes = (size if type(size) is int and size > 0 else 0 for size in sizes)
     return capacity_bytes, free_bytes
 
 

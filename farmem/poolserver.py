@@ -1,4 +1,4 @@
-"""A server of a pool that was reached: what the job needs to know of it, and what keeps it alive."""
+"""A server of a pool: what the job needs to know of it, and what keeps its memory ours."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ ffi, lib = _native.ffi, _native.lib
 
 
 class Chunk(NamedTuple):
-    """How much to lease of a server whose URL does not say, at most, and how long to wait for it."""
+    """How much to lease, at most, where the URL does not say, and how long to wait for it."""
 
     most_bytes: int
     patience_seconds: float = FREE_SECONDS

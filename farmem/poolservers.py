@@ -226,7 +226,7 @@ class Sources:
     def _list(self, now: float) -> list[tuple[Server, int]]:
         assert self._registry is not None
         if now - self._listed_at >= _LIST_SECONDS:
-            entries = self._registry.list(now + REACH_SECONDS)
+            entries = self._registry.entries(now + REACH_SECONDS)
             self._listed = [
                 (parse_pool(entry.url).servers[0], entry.free_bytes if entry.capacity_bytes else -1)
                 for entry in entries

@@ -101,9 +101,7 @@ def _look_at_all(servers: list[Server]) -> list[Look]:
     def look(number: int, server: Server) -> None:
         found[number] = _look_at(server)
 
-    threads = [
-        threading.Thread(target=look, args=pair, daemon=True) for pair in enumerate(servers)
-    ]
+    threads = [threading.Thread(target=look, args=pair, daemon=True) for pair in enumerate(servers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -155,13 +153,13 @@ def _parse_registry(url: str) -> Any:
 
 
 def _servers(pools: tuple[Pool, ...], registry: Any) -> list[Server]:
-    found = {}
+    found: dict[str, Server] = {}
     for pool in pools:
         if not pool.servers:
             raise FarmemError(f"pool {pool.url!r} is no server", "name servers, as tcp://HOST:PORT")
         found |= {server.url: server for server in pool.servers}
     if registry is not None:
-        for entry in registry.list(time.monotonic() + REACH_SECONDS):
+        for entry in registry.entries(time.monotonic() + REACH_SECONDS):
             [server] = parse_pool(entry.url).servers
             found.setdefault(server.url, server)
     elif not pools:

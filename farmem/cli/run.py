@@ -114,11 +114,11 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
     "`farmem serve`, by its address or its socket (?size=8G behind it: so much, at once; else "
-    "more and more of what it has, as it is needed). nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH: "
-    "the export of any NBD server; all of it is overwritten. Of servers there can be several, each "
-    "with a --pool of its own: what is evicted is spread over them. registry+http://HOST:PORT, "
-    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml: as many servers as "
-    "are needed of those that are registered. "
+    "more and more of what it has, as it is needed). nbd://HOST[:PORT]/EXPORT, "
+    "nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of it is overwritten. Of "
+    "servers there can be several, each with a --pool of its own: what is evicted is spread over "
+    "them. registry+http://HOST:PORT, registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, "
+    "registry+file:///PATH.toml: as many servers as are needed of those that are registered. "
     "mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(

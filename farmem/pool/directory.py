@@ -95,6 +95,6 @@ class OwnRegistry(Registry):
         with contextlib.suppress(Refused):  # it has expired
             self._directory.withdraw(entry.id, self._secret, time.monotonic())
 
-    def list(self, deadline: float) -> list[Entry]:
+    def entries(self, deadline: float) -> list[Entry]:
         """All that are listed."""
         return self._directory.entries(time.monotonic())

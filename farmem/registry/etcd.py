@@ -62,7 +62,7 @@ class EtcdRegistry(Registry):
         if lease is not None:
             self._ask("lease/revoke", {"ID": lease}, deadline)
 
-    def list(self, deadline: float) -> list[Entry]:
+    def entries(self, deadline: float) -> list[Entry]:
         """The keys below the prefix."""
         end = self._folder[:-1] + chr(ord("/") + 1)
         question = {"key": _coded(self._folder), "range_end": _coded(end), "limit": ENTRIES_MAX}

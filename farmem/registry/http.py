@@ -39,7 +39,7 @@ class HttpRegistry(Registry):
         """List it no more."""
         self._call("DELETE", f"/v1/registry/{entry.id}", deadline)
 
-    def list(self, deadline: float) -> list[Entry]:
+    def entries(self, deadline: float) -> list[Entry]:
         """All that are listed."""
         found = self._call("GET", "/v1/registry", deadline).document.get("servers")
         servers = found if isinstance(found, dict) else {}

@@ -22,7 +22,7 @@ class FileRegistry(Registry):
             )
         self._path = unquote(path)
 
-    def list(self, deadline: float) -> list[Entry]:
+    def entries(self, deadline: float) -> list[Entry]:
         """What the file names."""
         try:
             with open(self._path, "rb") as file:

@@ -1,5 +1,5 @@
-"""A pool on servers grows ahead of need and shrinks when it is not needed, and servers are found in a
-registry: on real `farmem serve`s, with a program that checks every word.
+"""A pool on servers grows ahead of need and shrinks when it is not needed, and servers are found in
+a registry: on real `farmem serve`s, with a program that checks every word.
 """
 
 from __future__ import annotations

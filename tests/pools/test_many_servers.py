@@ -1,5 +1,5 @@
-"""Several servers in one job: what is evicted is spread over them, every byte is right, and one that
-dies takes its own pages with it and nothing else.
+"""Several servers in one job: what is evicted is spread over them, every byte is right, and one
+that dies takes its own pages with it and nothing else.
 
 Servers of every kind that there is: nbdkit and qemu-nbd, over loopback and Unix sockets, and a real
 `farmem serve`.

@@ -32,7 +32,7 @@ def url_of(server: Server) -> str:
 
 
 def listed(server: Server) -> dict[str, Entry]:
-    found = parse_registry(registry_of(server)).list(time.monotonic() + 5)
+    found = parse_registry(registry_of(server)).entries(time.monotonic() + 5)
     return {entry.url: entry for entry in found}
 
 
@@ -121,7 +121,7 @@ def test_an_address_for_everybody_is_advertised_by_name_or_as_told() -> None:
 
 def _entries_of(server: Server) -> list[Entry]:
     port = server.log.partition("listening on tcp://0.0.0.0:")[2].partition(",")[0]
-    return parse_registry(f"registry+http://127.0.0.1:{port}").list(time.monotonic() + 5)
+    return parse_registry(f"registry+http://127.0.0.1:{port}").entries(time.monotonic() + 5)
 
 
 def test_an_entry_belongs_to_who_made_it() -> None:

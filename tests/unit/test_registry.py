@@ -1,4 +1,4 @@
-"""Registries without a server: their URLs, what may stand in them, and the one that a server keeps."""
+"""Registries without a network: their URLs, what may stand in them, and the one of a server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_any_text_is_a_registry_or_a_farmem_error(kind: str, text: str) -> None:
         assert error.hint
 
 
-@given(st.dictionaries(st.sampled_from(["url", "name", "epoch", "free_bytes"]), st.from_type(object)))
+@given(
+    st.dictionaries(st.sampled_from(["url", "name", "epoch", "free_bytes"]), st.from_type(object))
+)
 def test_whatever_was_registered_is_an_entry_or_nothing(found: dict[str, object]) -> None:
     entry = entry_of("1", found)
     assert entry is None or entry.url == found["url"]
@@ -94,9 +96,9 @@ def test_a_file_names_servers(tmp_path: Path) -> None:
     path = tmp_path / "servers.toml"
     registry = parse_registry(f"registry+file://{path}")
     path.write_text('servers = ["tcp://a:1", "unix:///s", "tcp://a:1"]\n')
-    assert [entry.url for entry in registry.list(soon())] == ["tcp://a:1", "unix:///s"]
+    assert [entry.url for entry in registry.entries(soon())] == ["tcp://a:1", "unix:///s"]
     path.write_text('servers = ["tcp://b:1"]\n')
-    assert [entry.url for entry in registry.list(soon())] == ["tcp://b:1"]
+    assert [entry.url for entry in registry.entries(soon())] == ["tcp://b:1"]
     with pytest.raises(FarmemError, match="can't be registered with"):
         registry.register(Entry("1", "tcp://a:1"), 5, soon())
 
@@ -116,10 +118,10 @@ def test_a_file_that_can_not_be_used(text: str, word: str, tmp_path: Path) -> No
     path = tmp_path / "servers.toml"
     registry = parse_registry(f"registry+file://{path}")
     with pytest.raises(FarmemError, match="No such file"):
-        registry.list(soon())
+        registry.entries(soon())
     path.write_text(text)
     with pytest.raises(FarmemError) as caught:
-        registry.list(soon())
+        registry.entries(soon())
     assert word in caught.value.what and caught.value.hint
 
 
@@ -191,6 +193,6 @@ def test_its_own_registry_is_one_like_others() -> None:
     assert registry.watch([], soon()) == [entry._replace(free_bytes=2)]
     registry.withdraw(entry, soon())
     registry.withdraw(entry, soon())
-    assert registry.list(soon()) == []
+    assert registry.entries(soon()) == []
     with pytest.raises(FarmemError, match="no server that can be registered"):
         registry.register(entry._replace(url="mem:"), 10, soon())
