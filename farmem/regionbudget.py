@@ -75,7 +75,8 @@ class Budget:
     `local` is a number of bytes or a size such as "4G", at least "16M"; `pool` and `filters`
     are those of `farmem run`, or lists of them.  Messages about lost pages and the like go to
     stderr; with `quiet=False` a summary at the end as well.  `no_pinned_io=True` vouches that
-    nobody pins a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be told.
+    nobody pins a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be
+    told.
 
     In a program that was started by `farmem run` the budget is the job's: `Budget.current()`.
     """

@@ -59,8 +59,11 @@ def test_a_job_begins_with_little() -> None:
     """No more than its budget suggests, but not less than what a small program may need."""
     with serving(capacity="512M") as server:
         for local, lent in (("32M", 64), ("128M", 128)):
-            with start_farmem(["sleep", "60"], local=local, options=options_of(url_of(server))):
+            options = options_of(url_of(server))
+            with start_farmem(["sleep", "60"], local=local, options=options) as job:
                 until(lambda lent=lent: lent_bytes(server) == lent * MIB, f"{lent} MiB")
+                job.process.kill()
+                job.finish(LIMIT_S)
             until(lambda: leases(server) == 0, "the lease was not given back")
 
 
