@@ -86,7 +86,7 @@ class Registry:
         """All that are listed, as soon as these are others than those that are known, or when
         the deadline has come.  How much is free counts as no change."""
         while True:
-            found = self.entries(min(deadline, time.monotonic() + REACH_SECONDS))
+            found = self.entries(time.monotonic() + REACH_SECONDS)
             left = deadline - time.monotonic()
             if {entry.id for entry in found} != {entry.id for entry in known} or left <= 0:
                 return found

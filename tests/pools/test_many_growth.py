@@ -15,6 +15,7 @@ from tests.pools.serving import Server, serving, until
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
 LIMIT_S = 90
 FULL = b"the pool is full"
+SLEEPER = ("sh", "-c", "echo up; exec sleep 60")
 
 
 def url_of(server: Server) -> str:
@@ -60,8 +61,9 @@ def test_a_job_begins_with_little() -> None:
     with serving(capacity="512M") as server:
         for local, lent in (("32M", 64), ("128M", 128)):
             options = options_of(url_of(server))
-            with start_farmem(["sleep", "60"], local=local, options=options) as job:
-                until(lambda lent=lent: lent_bytes(server) == lent * MIB, f"{lent} MiB")
+            with start_farmem([*SLEEPER], local=local, options=options) as job:
+                await_line(job, "up")
+                assert lent_bytes(server) == lent * MIB
                 job.process.kill()
                 job.finish(LIMIT_S)
             until(lambda: leases(server) == 0, "the lease was not given back")
@@ -71,10 +73,10 @@ def test_a_size_is_leased_at_once() -> None:
     url = "?size=300M"
     with (
         serving(capacity="512M") as server,
-        start_farmem(["sleep", "60"], local="32M", options=options_of(url_of(server) + url)),
+        start_farmem([*SLEEPER], local="32M", options=options_of(url_of(server) + url)) as job,
     ):
-        until(lambda: lent_bytes(server) == 300 * MIB, "all of it")
-        assert leases(server) == 1
+        await_line(job, "up")
+        assert lent_bytes(server) == 300 * MIB and leases(server) == 1
 
 
 def test_what_is_not_needed_any_more_is_given_back(tmp_path: Path) -> None:
