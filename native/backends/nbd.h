@@ -7,7 +7,7 @@
 
 #define FM_NBD_CONNECTIONS 4u
 #define FM_NBD_TRIM 0u                       /* the place of the one TRIM under way; behind it the others', by first frame */
-#define FM_NBD_REQUESTS (FM_FRAMES_MAX + 1u)
+#define FM_NBD_REQUESTS (FM_BACKEND_FRAMES_MAX + 1u)
 #define FM_NBD_IO_TRIM 3u                    /* as io->kind, beside enum fm_io_kind */
 
 /* What the protocol calls by numbers. */

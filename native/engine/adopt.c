@@ -462,6 +462,8 @@ static bool trim_extent(void *ctx, uint32_t extent)
     return b->trim(b, extent);
 }
 
+_Static_assert(FM_FRAMES <= FM_BACKEND_FRAMES_MAX, "backends have places for so many");
+
 static bool pool_open(void)
 {
     struct fm_core *c = &fm.core;

@@ -15,6 +15,7 @@
 #include "core/core.h"
 
 #define FM_BACKEND_VERSION 1u
+#define FM_BACKEND_FRAMES_MAX 512u        /* so many frames there are at most, and so many transfers at once */
 
 /* What all of one process's chain share. */
 struct fm_chain {

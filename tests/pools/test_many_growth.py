@@ -119,6 +119,27 @@ def test_it_goes_on_with_another_server_when_one_is_full() -> None:
     assert result.stats is not None and result.stats["pool_peak_bytes"] > 64 * MIB
 
 
+@pytest.mark.safety
+def test_it_grows_on_when_a_server_has_died(tmp_path: Path) -> None:
+    """What it had there it does not touch; what it needs more it gets of the other."""
+    with serving(capacity="512M") as first, serving(capacity="512M") as second:
+        urls = options_of(url_of(first), url_of(second))
+        with start_farmem(
+            [compile_c("newcomer"), str(tmp_path / "go")],
+            local="32M",
+            options=(*urls, "--pool-timeout", "1s"),
+        ) as job:
+            await_line(job, "ready")
+            before = second.log.count("MiB to")
+            first.process.kill()
+            first.process.wait(LIMIT_S)
+            (tmp_path / "go").touch()
+            result = job.finish(LIMIT_S)
+        assert second.log.count("MiB to") > before
+    assert_ok(result)
+    assert result.stats is not None and result.stats["pages_lost"] == 0
+
+
 def test_full_everywhere_is_said_once_and_harms_nobody() -> None:
     with serving(capacity="32M") as first, serving(capacity="32M") as second:
         result = run_farmem(

@@ -27,6 +27,7 @@ from tests.pools.serving import serving
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
 LIMIT_S = 90
+MANY_SERVERS = 10
 SOON = ("--pool-timeout", "1s")
 
 
@@ -84,6 +85,18 @@ def test_fork(mode: str) -> None:
     assert_ok(result)
     assert_paged(result.stats, 1000, 1000)
     assert result.stats is not None and result.stats["forks"] >= 1, result.stats
+
+
+def test_so_many_that_the_engine_needs_more_threads_than_it_has_at_hand() -> None:
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(nbd_server(over="unix", size_mib=32)) for _ in range(MANY_SERVERS)
+        ]
+        options = options_of(*(server.url for server in servers))
+        for program in (("verify", "2", "128", "1"), ("forks", "child")):
+            result = run_farmem([compile_c(program[0]), *program[1:]], local="32M", options=options)
+            assert_ok(result)
+            assert_paged(result.stats, 1000, 1000)
 
 
 @pytest.mark.parametrize("mode", ["move", "storm"])
