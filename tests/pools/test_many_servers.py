@@ -215,6 +215,52 @@ def test_one_that_is_started_anew(tmp_path: Path) -> None:
     assert result.stats is not None and result.stats["pages_lost"] == 0
 
 
+KEEPER = """
+import sys, farmem
+region = farmem.Region(48 << 20, local="80M", pool=sys.argv[1:])
+view = region.view()
+for at in range(0, len(view), 4096):
+    view[at:at + 8] = at.to_bytes(8, "little")
+region.evict()
+region.willneed()
+print("ready", flush=True)
+sys.stdin.readline()
+region.evict()
+region.willneed()
+wrong = sum(view[at:at + 8] != at.to_bytes(8, "little") for at in range(0, len(view), 4096))
+print("wrong", wrong, region.stats().lost_bytes)
+"""
+
+
+@pytest.mark.safety
+def test_what_is_here_of_a_dead_servers_pages_is_kept() -> None:
+    """A page that has not changed is not sent again, unless its copy is known to be lost."""
+    with (
+        nbd_server() as data,
+        fake_serve({"port": data.port, "export": TOKEN}) as serve,
+        nbd_server(over="unix", size_mib=256) as other,
+        subprocess.Popen(
+            [sys.executable, "-c", KEEPER, serve.options[1], other.url],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process,
+    ):
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == b"ready\n", process.stderr.read()
+        data.kill()
+        serve.epoch = "feedface00000002"
+        said = b""
+        while b"has ended our lease" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        out, err = process.communicate(b"go\n", LIMIT_S)
+        assert out == b"wrong 0 0\n", (out, said + err)
+        assert re.search(rb"lost; bytes:? [1-9]", said), said
+
+
 @pytest.mark.safety
 def test_one_that_stands_still_is_waited_for(tmp_path: Path) -> None:
     with (
