@@ -408,7 +408,8 @@ static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
     uint32_t i = (uint32_t)(fr->page - b->page);
     bool store = false;
     /* A page that the kernel may have taken by now needs its slot, wherever that is. */
-    bool there = b->slot[i] != FM_SLOT_NONE && ((b->flags[i] & FM_LAZY) != 0 || !fm_slot_shut(&c->ledger, b->slot[i]));
+    bool there = b->slot[i] != FM_SLOT_NONE &&
+                 ((b->flags[i] & FM_LAZY) != 0 || !fm_slot_shut(&c->ledger, b->slot[i]) || fm_defect(c, TRUST_THE_DEAD));
     bool clean = there && (b->flags[i] & FM_HASHED) != 0 &&
                  ((b->hash[i][0] == h[0] && b->hash[i][1] == h[1]) || fm_defect(c, SKIP_STORE));
     fm_add(c->count->pages_evicted, 1);

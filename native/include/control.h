@@ -144,7 +144,8 @@ enum fm_defect {
     FM_DEFECT_SKIP_ZAPPING = 32768,       /* a discarded page may be evicted before the kernel has zapped it */
     FM_DEFECT_SKIP_LIMBO = 65536,         /* a mapping moved onto one that is still in the books replaces it */
     FM_DEFECT_BELIEVE_MOVE = 131072,      /* what UFFDIO_MOVE says it did is not confirmed */
-    FM_DEFECT_DROP_BY_ADDRESS = 262144    /* the copy path drops whatever is at the page's address */
+    FM_DEFECT_DROP_BY_ADDRESS = 262144,   /* the copy path drops whatever is at the page's address */
+    FM_DEFECT_TRUST_THE_DEAD = 524288     /* an unchanged page is dropped though the server of its copy is gone */
 };
 
 enum fm_server_kind { FM_SERVER_NONE = 0, FM_SERVER_NBD = 1 };

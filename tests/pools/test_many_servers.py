@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -233,7 +234,8 @@ print("wrong", wrong, region.stats().lost_bytes)
 
 
 @pytest.mark.safety
-def test_what_is_here_of_a_dead_servers_pages_is_kept() -> None:
+@pytest.mark.parametrize("defects", ["", "trust_the_dead"])
+def test_what_is_here_of_a_dead_servers_pages_is_kept(defects: str) -> None:
     """A page that has not changed is not sent again, unless its copy is known to be lost."""
     with (
         nbd_server() as data,
@@ -242,6 +244,7 @@ def test_what_is_here_of_a_dead_servers_pages_is_kept() -> None:
         subprocess.Popen(
             [sys.executable, "-c", KEEPER, serve.options[1], other.url],
             cwd=ROOT,
+            env={**os.environ, "FARMEM_TEST_DEFECTS": defects},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -257,7 +260,7 @@ def test_what_is_here_of_a_dead_servers_pages_is_kept() -> None:
             assert line, said
             said += line
         out, err = process.communicate(b"go\n", LIMIT_S)
-        assert out == b"wrong 0 0\n", (out, said + err)
+        assert (out == b"wrong 0 0\n") == (not defects), (out, said + err)
         assert re.search(rb"lost; bytes:? [1-9]", said), said
 
 
