@@ -103,11 +103,15 @@ def test_a_registry_that_comes_later_and_goes_and_comes_back() -> None:
     registry = f"registry+http://127.0.0.1:{port}"
     listens = (f"127.0.0.1:{port}",)
     with serving("--register", registry, "--ttl", "1s") as other:
-        until(lambda: "can't be registered" in other.log, "a word about it")
-        for _ in range(2):
+
+        def said(what: str, times: int) -> bool:
+            return other.log.count(what) >= times
+
+        for times in (1, 2):
+            until(lambda times=times: said("can't be registered", times), "a word about it")
             with serving("--registry", listens=listens) as keeper:
                 until(lambda keeper=keeper: url_of(other) in listed(keeper), "the entry")
-        assert other.log.count(f"registered as {url_of(other)}") >= 2
+                until(lambda times=times: said("registered as", times), "a word about that")
         assert other.process.poll() is None
 
 
