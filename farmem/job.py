@@ -27,7 +27,7 @@ from farmem.tls import Tls
 
 if TYPE_CHECKING:
     from farmem.poolfile import PoolFile
-    from farmem.poolserver import PoolServer
+    from farmem.poolservers import PoolServers
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -124,12 +124,12 @@ class Job:
         control.defects = request.defects
         control.evict_mode = request.evict_mode
         control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
-        if request.pool.server is not None:
-            from farmem.poolserver import PoolServer
+        if request.pool.is_elsewhere:
+            from farmem.poolservers import PoolServers
 
-            assert isinstance(self.pool, PoolServer)
-            control.backend = lib.FM_BACKEND_NBD
-            self.pool.fill(control, request.pool_timeout_ns)
+            assert isinstance(self.pool, PoolServers)
+            control.backend = lib.FM_BACKEND_SERVERS
+            self.pool.fill(control, self.ledger.pointer, request.pool_timeout_ns)
         control.file_io = request.file_io
         control.userfaultfd_way = request.userfaultfd_way
         ffi.memmove(control.secret, os.urandom(lib.FM_SECRET_BYTES), lib.FM_SECRET_BYTES)
@@ -157,20 +157,21 @@ def _memory_for(pool: Pool, name: str, size_bytes: int) -> Memory:
 
 def _open_ledger(pool: Pool) -> Memory:
     ledger = _memory_for(pool, "farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
-    if lib.fm_pool_ledger_init(ledger.pointer, pool.capacity_bytes) != 0:
+    begin = lib.fm_pool_ledger_init_empty if pool.is_elsewhere else lib.fm_pool_ledger_init
+    if begin(ledger.pointer, pool.capacity_bytes) != 0:
         raise FarmemError(
             f"pool {pool.url!r} is larger than a job can address", smaller_pool_hint(pool)
         )
     return ledger
 
 
-def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServer, Request]":
+def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers, Request]":
     """The pool, and the request with what the pool is known to have now."""
     pool = request.pool
-    if pool.server is not None:
-        from farmem.poolserver import PoolServer
+    if pool.is_elsewhere:
+        from farmem.poolservers import PoolServers
 
-        there = PoolServer(pool, request.tls)
+        there = PoolServers(pool, request.budget_bytes, request.tls)
         return there, request._replace(pool=pool._replace(capacity_bytes=there.capacity_bytes))
     if pool.path:
         from farmem.poolfile import PoolFile

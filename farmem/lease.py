@@ -22,7 +22,7 @@ from farmem.running import printable
 from farmem.servers import Address, Server, connect, seconds_left, why
 from farmem.tls import ON, PLAIN, NoTls, Secure, Tls
 
-ANSWER_BYTES_MAX = 1 << 16
+ANSWER_BYTES_MAX = 1 << 20
 RENEW_SECONDS = 5.0
 RELEASE_SECONDS = 2.0
 FREE_SECONDS = 1.0
@@ -132,10 +132,11 @@ class Control:
         return answer.document
 
 
-def unreachable(server: Server, error: OSError) -> FarmemError:
+def unreachable(server: Server, error: OSError, what: str = "") -> FarmemError:
     """A server that does not answer, named."""
     hint = _START_HINT if server.leases else "see that an NBD server listens there"
-    return FarmemError(f"pool {server.url!r}: {server.name} can't be reached: {why(error)}", hint)
+    what = what or f"pool {server.url!r}"
+    return FarmemError(f"{what}: {server.name} can't be reached: {why(error)}", hint)
 
 
 def _exchange(sock: socket.socket, request: bytes, deadline: float) -> bytes:
@@ -162,6 +163,11 @@ def _refusal(answer: Answer) -> str:
 
 def _hint(answer: Answer) -> str:
     return _text(answer, "hint") or "see what the server says"
+
+
+def refusal_of(answer: Answer) -> tuple[str, str]:
+    """Why something was refused, and what to do."""
+    return _refusal(answer), _hint(answer)
 
 
 def _user() -> str:
@@ -249,10 +255,24 @@ def _number(document: dict[str, Any], key: str) -> int:
     return value
 
 
-def acquire(control: Control, wanted_bytes: int | None, most_bytes: int, deadline: float) -> Lease:
+def standing(control: Control, deadline: float) -> tuple[int, int]:
+    """What a server may lend at once, and what of it is free; what it does not say is 0."""
+    server = control.asked("GET", "/v1/server", deadline)
+    sizes = (server.get("capacity_bytes"), server.get("free_bytes"))
+    capacity_bytes, free_bytes = (size if type(size) is int and size > 0 else 0 for size in sizes)
+    return capacity_bytes, free_bytes
+
+
+def acquire(
+    control: Control,
+    wanted_bytes: int | None,
+    most_bytes: int,
+    deadline: float,
+    patience_seconds: float = FREE_SECONDS,
+) -> Lease:
     """A lease of so many bytes, or of what there is, up to as much as most_bytes."""
     if wanted_bytes is None:
-        wanted_bytes = _what_there_is(control, most_bytes, deadline)
+        wanted_bytes = _what_there_is(control, most_bytes, deadline, patience_seconds)
     job = f"{socket.gethostname()} {os.getpid()}"
     request = {"bytes": wanted_bytes, "job": job}
     if not control.is_tls:  # else the tenant is who our certificate says
@@ -260,10 +280,12 @@ def acquire(control: Control, wanted_bytes: int | None, most_bytes: int, deadlin
     return Lease(control, control.asked("POST", "/v1/leases", deadline, request))
 
 
-def _what_there_is(control: Control, most_bytes: int, deadline: float) -> int:
+def _what_there_is(
+    control: Control, most_bytes: int, deadline: float, patience_seconds: float
+) -> int:
     """What the server has free, in whole extents.  A job that has just ended, and had it all, gives
     it back a moment after its command has gone."""
-    patience = time.monotonic() + FREE_SECONDS
+    patience = time.monotonic() + patience_seconds
     while True:
         server = control.asked("GET", "/v1/server", deadline)
         extent_bytes = _number(server, "extent_bytes")

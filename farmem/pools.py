@@ -8,15 +8,18 @@ hold any character.
 
 import os
 import resource
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from farmem.errors import FarmemError
 from farmem.sizes import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from farmem.registry import Registry
     from farmem.servers import Server
 
 EXTENT_BYTES = 2 << 20
+SERVERS_MAX = 32  # FM_POOL_SERVERS_MAX
 SCHEMES = {"mem": "memory of this host", "file": "a file on this host's disk"}
 SERVER_SCHEMES = {
     "tcp": "memory of another host: a farmem serve",
@@ -24,6 +27,9 @@ SERVER_SCHEMES = {
     "nbd": "an NBD server's export",
     "nbds": "an NBD server's export, with TLS",
     "nbd+unix": "an NBD server on this host, by its socket",
+    "registry+http": "the servers that a farmem serve knows of",
+    "registry+etcd": "the servers that etcd knows of",
+    "registry+file": "the servers that a file names",
 }
 # More is only used when it was asked for: the ledger of a pool costs address space.
 FILE_BYTES_DEFAULT_MAX = 1 << 40
@@ -33,19 +39,27 @@ _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
     "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, unix:///PATH, "
-    "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH"
+    "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
+    "registry+http://HOST:PORT, "
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml"
 )
 FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 
 
 class Pool(NamedTuple):
-    """A pool that was asked for; a path only for file:, absolute and without links; of a server's
-    the capacity is 0 until it has been asked."""
+    """A pool that was asked for; a path only for file:, absolute and without links; of servers
+    the capacity is 0 until they have been asked."""
 
     url: str
     capacity_bytes: int
     path: str = ""
-    server: "Server | None" = None
+    servers: "tuple[Server, ...]" = ()
+    registry: "Registry | None" = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is on servers."""
+        return bool(self.servers) or self.registry is not None
 
 
 def host_memory_bytes() -> int:
@@ -64,14 +78,39 @@ def parse_pool(url: str) -> Pool:
         path = _existing_place(url, path)
         wanted_bytes = _free_bytes(path) if size is None else parse_size(size, "pool size")
         return Pool(url, _whole_extents(url, wanted_bytes), path)
+    if colon and scheme.startswith("registry+"):
+        from farmem.registry import parse_registry
+
+        return Pool(url, 0, registry=parse_registry(url))
     if colon and scheme in SERVER_SCHEMES:
         from farmem.servers import parse_server
 
         server = parse_server(url)
         if server.size_bytes is not None:
             server = server._replace(size_bytes=_whole_extents(url, server.size_bytes))
-        return Pool(url, 0, server=server)
+        return Pool(url, 0, servers=(server,))
     raise FarmemError(f"there is no pool {url!r}", _KNOWN)
+
+
+def join_pools(pools: Sequence[Pool]) -> Pool:
+    """One pool of all that were asked for: several must be servers."""
+    if len(pools) == 1:
+        return pools[0]
+    urls = [pool.url for pool in pools]
+    for pool in pools:
+        if not pool.servers:
+            raise FarmemError(
+                f"pool {pool.url!r} is no server, and only servers can be used together",
+                "give --pool once, or servers one by one, as --pool tcp://A:7717 --pool tcp://B:7717",
+            )
+        if urls.count(pool.url) > 1:
+            raise FarmemError(f"pool {pool.url!r} is named twice", "name each server once")
+    if len(pools) > SERVERS_MAX:
+        raise FarmemError(
+            f"{len(pools)} pools are too many", f"{SERVERS_MAX} are the most that a job can use"
+        )
+    servers = tuple(server for pool in pools for server in pool.servers)
+    return Pool(" ".join(urls), 0, servers=servers)
 
 
 def _whole_extents(url: str, wanted_bytes: int) -> int:
@@ -120,11 +159,11 @@ def _existing_place(url: str, path: str) -> str:
 
 def smaller_pool_hint(pool: Pool) -> str:
     """What to type instead of a pool that is too large."""
-    if pool.server is not None and not pool.server.leases:
+    if pool.servers and not all(server.leases for server in pool.servers):
         return "let the server export less"
     smaller = f"file:8G:{pool.path}" if pool.path else "mem:8G"
-    if pool.server is not None:
-        smaller = f"{pool.url.partition('?')[0]}?size=8G"
+    if pool.servers:
+        smaller = f"{pool.servers[0].url.partition('?')[0]}?size=8G"
     return f"ask for a smaller one, as --pool {smaller}"
 
 

@@ -1,23 +1,22 @@
-"""An open pool on another host: what the job needs to know of it, and what keeps it alive.
+"""A server of a pool: what the job needs to know of it, and what keeps its memory ours.
 
-Within five seconds it is there, or there is an error that names the server.  With TLS what the
-engines connect to is an agent's socket (tlsagent.py), and the agent connects to the server.
+With TLS what the engines connect to is an agent's socket (tlsagent.py), and the agent connects to
+the server.
 """
 
 import os
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from farmem import _native
 from farmem.errors import FarmemError
-from farmem.lease import Control, Lease, acquire, unreachable
+from farmem.lease import FREE_SECONDS, Control, Lease, acquire, standing, unreachable
 from farmem.nbd import Export, ask_export, say_goodbye
-from farmem.pools import EXTENT_BYTES, Pool, host_memory_bytes
+from farmem.pools import EXTENT_BYTES, host_memory_bytes
 from farmem.servers import (
     NAME_BYTES_MAX,
-    REACH_SECONDS,
     Address,
     Server,
     addresses_of,
@@ -32,21 +31,28 @@ if TYPE_CHECKING:
 
 ffi, lib = _native.ffi, _native.lib
 
+_AGAIN_SECONDS = 0.1
+
+
+class Chunk(NamedTuple):
+    """How much to lease, at most, where the URL does not say, and how long to wait for it."""
+
+    most_bytes: int
+    patience_seconds: float = FREE_SECONDS
+
 
 class PoolServer:
     """A server that was reached, and an export that can be used."""
 
-    is_direct = False
-
-    def __init__(self, pool: Pool, tls: Tls = PLAIN) -> None:
-        assert pool.server is not None
-        self._server = pool.server
+    def __init__(self, server: Server, chunk: Chunk, deadline: float, tls: Tls) -> None:
+        self._server = server
+        self._chunk = chunk
         self._tls = tls
+        self.limit_bytes = 0  # what may be had of it in all; 0: no more than this
         self._lease: Lease | None = None
         self._agent: TlsAgent | None = None
-        self._export = pool.server.export
+        self._export = server.export
         self._there: Any = None
-        deadline = time.monotonic() + REACH_SECONDS
         try:
             self._open(deadline)
         except OSError as error:
@@ -55,7 +61,16 @@ class PoolServer:
         except FarmemError:
             self.release()
             raise
-        self.fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)  # where others have a file
+
+    @property
+    def place(self) -> tuple[bytes, bytes]:
+        """What tells it from others, however they are called."""
+        return self._address.packed(), self._export
+
+    @property
+    def url(self) -> str:
+        """As it was asked for."""
+        return self._server.url
 
     def _open(self, deadline: float) -> None:
         server = self._server
@@ -64,7 +79,12 @@ class PoolServer:
         most_bytes: int | None = None
         if server.leases:
             control = Control(server, addresses, tls)
-            self._lease = acquire(control, server.size_bytes, host_memory_bytes(), deadline)
+            chunk = self._chunk
+            self._lease = acquire(
+                control, server.size_bytes, chunk.most_bytes, deadline, chunk.patience_seconds
+            )
+            if server.size_bytes is None:
+                self.limit_bytes = min(standing(control, deadline)[0], host_memory_bytes())
             addresses = _data_addresses(server, self._lease, control.addresses, deadline)
             tls = self._tls_of_data(control, addresses)
             self._export = _export_of(self._lease)
@@ -106,11 +126,17 @@ class PoolServer:
                 self._stop_agent()
                 if tls.mode == REQUIRE:
                     raise
-        sock, self._address = connect(addresses, deadline)
-        try:
-            return ask_export(sock, self._export, f"pool {self._server.url!r}", deadline)
-        finally:
-            say_goodbye(sock)
+        while True:
+            sock, self._address = connect(addresses, deadline)
+            try:
+                return ask_export(sock, self._export, f"pool {self._server.url!r}", deadline)
+            except ConnectionError:
+                # A server that lends starts its data process again when that has died.
+                if self._lease is None or deadline - time.monotonic() < _AGAIN_SECONDS:
+                    raise
+                time.sleep(_AGAIN_SECONDS)
+            finally:
+                say_goodbye(sock)
 
     def _ask_agent(self, address: Address, folder: str, deadline: float) -> Export:
         from farmem.tlsagent import TlsAgent
@@ -135,9 +161,9 @@ class PoolServer:
         finally:
             sock.close()
 
-    def fill(self, control: Any, timeout_ns: int) -> None:
-        """Tell the engine where it is."""
-        self._there = there = control.pool_server
+    def fill(self, there: Any, timeout_ns: int) -> None:
+        """Tell the engine where it is: a struct fm_pool_server."""
+        self._there = there
         address = self._address.packed()
         there.timeout_ns = timeout_ns
         there.address_bytes, there.export_bytes = len(address), len(self._export)
@@ -145,6 +171,7 @@ class PoolServer:
         ffi.memmove(there.export_name, self._export, len(self._export))
         name = os.fsencode(self._server.name)[:NAME_BYTES_MAX]
         ffi.memmove(there.name, name, len(name))
+        there.kind = lib.FM_SERVER_NBD
 
     def keep(self, say: Callable[[str], None]) -> None:
         """The supervisor's: see that the memory stays ours, and can be reached."""
@@ -155,7 +182,22 @@ class PoolServer:
 
     def _is_lost(self) -> None:
         """The engines need not wait for what does not come."""
-        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, 1)
+        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GONE)
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether more can be stored there, as far as anybody knows."""
+        return not self._there.gone and not self._there.down
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is one lease of several that the server may give us."""
+        return self._lease is not None and self._server.size_bytes is None
+
+    def give_back(self) -> None:
+        """Nothing is stored there: the engines let go of it, and say nothing."""
+        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GIVEN_BACK)
+        self.release()
 
     def release(self) -> None:
         """Give the lease back, if there is one, and end the agent."""
@@ -168,10 +210,6 @@ class PoolServer:
         if self._agent is not None:
             self._agent.stop()
             self._agent = None
-
-    def discard(self) -> None:
-        """The job has ended, or never began."""
-        self.release()
 
 
 def _export_of(lease: Lease) -> bytes:

@@ -83,7 +83,7 @@ class Region:
         size: int | str,
         *,
         local: int | str | None = None,
-        pool: str | None = None,
+        pool: str | Sequence[str] | None = None,
         filters: Sequence[str] = (),
         budget: Budget | None = None,
     ) -> None:

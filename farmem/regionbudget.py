@@ -73,10 +73,11 @@ class Budget:
     True
 
     `local` is a number of bytes or a size such as "4G", at least "16M"; `pool` and `filters`
-    are those of `farmem run`.  Messages about lost pages and the like go to stderr; with
-    `quiet=False` a summary at the end as well.  `no_pinned_io=True` vouches that nobody pins
-    a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be told.  A pool
-    on another host needs `tls_certificates="FOLDER"`, or `tls="off"`, as for `farmem run`.
+    are those of `farmem run`, or lists of them.  Messages about lost pages and the like go to
+    stderr; with `quiet=False` a summary at the end as well.  `no_pinned_io=True` vouches that
+    nobody pins a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be
+    told.  A pool on another host needs `tls_certificates="FOLDER"`, or `tls="off"`, as for
+    `farmem run`.
 
     In a program that was started by `farmem run` the budget is the job's: `Budget.current()`.
     """
@@ -85,7 +86,7 @@ class Budget:
         self,
         local: int | str,
         *,
-        pool: str = "mem:",
+        pool: str | Sequence[str] = "mem:",
         filters: Sequence[str] = (),
         quiet: bool = True,
         no_pinned_io: bool = False,
@@ -95,9 +96,10 @@ class Budget:
         from farmem.regionjob import start_job
 
         global _current
+        pools = [pool] if isinstance(pool, str) else list(pool)
         wanted = {
             "budget_bytes": size_of(local, "local memory"),
-            "pool": pool,
+            "pools": pools,
             "filters": [filters] if isinstance(filters, str) else list(filters),
             "quiet": quiet,
             "no_pinned_io": no_pinned_io,
@@ -115,7 +117,7 @@ class Budget:
                     "see what it said on stderr; `ulimit -v` must leave room for the pool",
                 )
             self.engine = _engine
-            self._pool = pool
+            self._pool = " ".join(pools)
             _current = self
 
     @classmethod
@@ -210,7 +212,7 @@ class Budget:
 def budget_for(
     budget: Budget | None,
     local: int | str | None,
-    pool: str | None,
+    pool: str | Sequence[str] | None,
     filters: Sequence[str],
 ) -> Budget:
     """The budget of a region that was asked for with these words."""

@@ -58,7 +58,7 @@ def _request(wanted: dict[str, Any]) -> Any:
     from farmem import _native, checks
     from farmem.filters import parse_filters
     from farmem.job import DEFECTS_VARIABLE, EVICT_VARIABLE, Request
-    from farmem.pools import parse_pool
+    from farmem.pools import join_pools, parse_pool
     from farmem.tls import parse_tls
 
     checks.check_budget(wanted["budget_bytes"], 'farmem.Region(size, local="16M")')
@@ -71,7 +71,7 @@ def _request(wanted: dict[str, Any]) -> Any:
     return Request(
         command=tuple(wanted["command"]),
         budget_bytes=wanted["budget_bytes"],
-        pool=parse_pool(wanted["pool"]),
+        pool=join_pools([parse_pool(url) for url in wanted["pools"]]),
         filters=parse_filters(tuple(wanted["filters"])),
         stats_path="",
         quiet=wanted["quiet"],

@@ -184,6 +184,10 @@ class Slots:
         pages: int = lib.fm_pool_ledger_used(self._ledger)
         return pages * int(lib.FM_PAGE_BYTES)
 
+    def pool_capacity_bytes(self) -> int:
+        """How large the pool is; one on servers grows."""
+        return int(lib.fm_pool_ledger_capacity(self._ledger))
+
     def pool_peak_bytes(self) -> int:
         """The most that was ever in the pool."""
         pages: int = lib.fm_pool_ledger_peak(self._ledger)

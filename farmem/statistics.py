@@ -27,7 +27,7 @@ def _statistics(job: Job, slots: Slots, budget: Budget, joined: Joined) -> dict[
         "command": list(request.command),
         **budget.statistics(),
         "pool": request.pool.url,
-        "pool_capacity_bytes": request.pool.capacity_bytes,
+        "pool_capacity_bytes": slots.pool_capacity_bytes(),
         "pool_direct_io": job.pool.is_direct,
         "filters": [item.text for item in request.filters],
         "wall_ns": time.monotonic_ns() - job.started_ns,

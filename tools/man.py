@@ -82,7 +82,8 @@ def option_entry(option: click.Option) -> Lines:
     names = ", ".join(bold(name) for name in (*option.opts, *option.secondary_opts))
     notes = ["It must be given, here or in the configuration."] if option.required else []
     if option.show_default and option.default not in (None, ""):
-        notes.append(f"[default: {option.default}]")
+        default = " ".join(option.default) if option.multiple else option.default
+        notes.append(f"[default: {default}]")
     return [".TP", names + value, *prose(" ".join([option.help or "", *notes]))]
 
 

@@ -15,7 +15,7 @@ TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bi
 # For tools/guest.sh, which boots another kernel; iproute2 has the program that makes Soft-RoCE devices.
 GUEST_PACKAGES=(qemu-system-x86 xz-utils iproute2)
 # For `farmem serve` (nbdkit) and for tests/pools, which uses it with other people's programs.
-POOL_PACKAGES=(nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl iproute2 systemd)
+POOL_PACKAGES=(nbdkit libnbd-bin python3-libnbd qemu-utils curl openssl iproute2 systemd etcd-server)
 PYTHON_VERSIONS=(python3 python3.14 python3.13 python3.12 python3.11)
 
 fits() {
@@ -73,9 +73,12 @@ install_packages() {
         echo "farmem: apt-get could not install $*; going on without" >&2
         return 0
     fi
-    case " $* " in
-        *" redis-server "*) hold_service redis-server ;;
-    esac
+    local package
+    for package in redis-server etcd-server; do
+        case " $* " in
+            *" $package "*) hold_service "${package/etcd-server/etcd}" ;;
+        esac
+    done
 }
 
 # A service that came with a package which we have just installed: not running (a policy

@@ -21,6 +21,7 @@ VERBS = {
     "stat": "Show what running jobs do now.",
     "set": "Change a setting of a running job.",
     "serve": "Lend this host's memory to jobs elsewhere.",
+    "pools": "Show servers that lend memory.",
     "doctor": "Look whether farmem can run programs here.",
     "config": "Show the configuration, and where each value comes from.",
     "completion": "Print what makes a shell complete farmem's words.",

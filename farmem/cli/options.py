@@ -7,6 +7,7 @@ together with the place that its value comes from.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -60,6 +61,15 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older
             where = f"{key_of(param)} in " if param and origin.source == "file" else ""
             what = f"{error.what} ({where}{origin.where})" if origin.where else error.what
             raise FarmemError(what, error.hint, error.status) from error
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """Several values in one variable: pools begin with a scheme, and a path can hold spaces."""
+        if self.name != "pool":
+            return list(super().split_envvar_value(rv))
+        from farmem.pools import SCHEMES, SERVER_SCHEMES
+
+        schemes = "|".join(map(re.escape, [*SCHEMES, *SERVER_SCHEMES]))
+        return re.split(rf"\s+(?=(?:{schemes}):)", rv.strip())
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

@@ -19,7 +19,7 @@ from farmem.job import (
     inherited_environment,
     launch,
 )
-from farmem.pools import Pool, parse_pool
+from farmem.pools import Pool, join_pools, parse_pool
 from farmem.sizes import parse_duration, parse_size
 from farmem.tls import OFF, ON, REQUIRE, Tls
 
@@ -105,16 +105,22 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
 )
 @click.option(
     "--pool",
+    "pools",
     metavar="URL",
     type=Parsed("pool", parse_pool),
-    default="mem:",
+    multiple=True,
+    default=("mem:",),
     show_default=True,
     help="Where pages go. file:FOLDER: an unnamed file in a folder on a disk, gone with the job; "
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
-    "`farmem serve`, by its address or its socket (?size=8G behind it: so much, else what it has "
-    "free, up to this host's memory). nbd://HOST[:PORT]/EXPORT, nbds://... (with TLS), "
-    "nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of it is overwritten. "
+    "`farmem serve`, by its address or its socket (?size=8G behind it: so much, at once; else "
+    "more and more of what it has, as it is needed). nbd://HOST[:PORT]/EXPORT, "
+    "nbds://... (with TLS), nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of "
+    "it is overwritten. Of servers there can be several, each with a --pool of its own: what is "
+    "evicted is spread over them. registry+http://HOST:PORT, "
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml: as many servers as "
+    "are needed of those that are registered. "
     "mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(
@@ -177,7 +183,7 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
 )
 def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
     budget_bytes: int,
-    pool: Pool,
+    pools: tuple[Pool, ...],
     pool_timeout_ns: int,
     tls: str | None,
     tls_certificates: str,
@@ -203,7 +209,7 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
     request = Request(
         command=words,
         budget_bytes=budget_bytes,
-        pool=pool,
+        pool=join_pools(pools),
         filters=limited(filters),
         stats_path=stats_path,
         quiet=quiet,

@@ -58,6 +58,22 @@ def _parse_name(text: str) -> str:
     return text
 
 
+def _parse_registry(text: str) -> Any:
+    from farmem.registry import parse_registry
+
+    return parse_registry(text)
+
+
+def _parse_advertise(text: str) -> str:
+    from farmem.servers import parse_server
+
+    if text and not (text.startswith(("tcp://", "unix://")) and parse_server(text).leases):
+        raise FarmemError(
+            f"--advertise {text!r} is no URL of a farmem serve", "write it as tcp://HOST:PORT"
+        )
+    return text
+
+
 def _parse_port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= _PORT_MAX):
         raise FarmemError(f"--data-port {text!r} is no port", "give a number, as --data-port 7718")
@@ -182,6 +198,29 @@ def _parse_gid_index(text: str) -> int:
     help="What the server calls itself. [default: this host's name]",
 )
 @click.option(
+    "--registry",
+    is_flag=True,
+    help="Keep a registry: other servers register here, and `farmem run --pool "
+    "registry+http://HOST:PORT` uses all that are registered, this one included.",
+)
+@click.option(
+    "--register",
+    "registries",
+    metavar="URL",
+    type=Parsed("registry", _parse_registry),
+    multiple=True,
+    help="Register in a registry, as long as this server grants leases: registry+http://HOST:PORT, "
+    "or registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX. May be repeated.",
+)
+@click.option(
+    "--advertise",
+    metavar="URL",
+    type=Parsed("address", _parse_advertise),
+    default="",
+    help="The URL to register: tcp://HOST:PORT, where others reach this server. [default: the "
+    "first address that it listens on, by this host's name if that is any address]",
+)
+@click.option(
     "--self-test",
     is_flag=True,
     help="Start as told, write, read and check through every data path, say what came of it, and "
@@ -216,6 +255,9 @@ def command(**options: Any) -> None:
         tls=check_tls(options["tls"] or "", options["tls_certificates"]),
         rdma=check_wanted(options["rdma"] or "", options["rdma_device"], options["rdma_gid_index"]),
         is_quiet=options["quiet"] or is_test,
+        keeps_registry=options["registry"],
+        registries=() if is_test else options["registries"],
+        advertise=options["advertise"],
     )
     if is_test:
         from farmem.pool.selftest import run_self_test

@@ -11,6 +11,7 @@ from typing import Any
 
 from farmem import __version__
 from farmem.pool import metrics
+from farmem.pool.directory import Directory
 from farmem.pool.facts import Facts
 from farmem.pool.http import Handler, Request, Response, as_error, as_json
 from farmem.pool.leases import Lease, Refused
@@ -22,6 +23,7 @@ from farmem.sizes import BYTES_MAX, format_bytes
 TEXT_CHARACTERS_MAX = 200
 _LEASE = re.compile(r"/v1/leases/([0-9a-f]{1,64})(/renew)?")
 _QUEUE_PAIRS = re.compile(r"/v1/leases/([0-9a-f]{1,64})/queue-pairs(?:/([0-9a-f]{1,64}))?")
+_REGISTERED = re.compile(r"/v1/registry/([0-9a-f]{1,64})")
 _EXAMPLE = 'send JSON, as {"bytes": 1073741824, "job": "my job", "tenant": "my name"}'
 _BEARER = "bearer "
 
@@ -38,6 +40,9 @@ class Api:
             "/v1/server": {"GET": self._about},
             "/v1/leases": {"POST": self._grant},
         }
+        if server.directory is not None:
+            directory = server.directory
+            self._routes["/v1/registry"] = {"GET": lambda _: _listed(directory)}
 
     def answer(self, request: Request) -> Response | Awaitable[Response]:
         """The answer to a request; what can't be done is a Refused."""
@@ -45,6 +50,9 @@ class Api:
             # Else any page that somebody here looks at could take leases with their browser.
             raise Refused(403, "a web page can't ask for leases", "ask from a program")
         methods = self._routes.get(request.path) or self._of_a_lease(request.path)
+        match = _REGISTERED.fullmatch(request.path)
+        if match and self._server.directory is not None:
+            methods = _registered(self._server.directory, match[1])
         if not methods:
             return as_error(
                 404,
@@ -149,6 +157,23 @@ class Api:
         lease = self._leases.find(lease_id, _token_of(request))
         self._rdma().disconnect(lease, name)
         return Response(204)
+
+
+def _listed(directory: Directory) -> Response:
+    entries = directory.entries(time.monotonic())
+    return as_json(200, {"servers": {entry.id: entry.document() for entry in entries}})
+
+
+def _registered(directory: Directory, number: str) -> dict[str, Handler]:
+    def put(request: Request) -> Response:
+        token, asked = _token_of(request), _object_in(request.body)
+        return as_json(200, {"ttl_ns": directory.put(number, token, asked, time.monotonic())})
+
+    def withdraw(request: Request) -> Response:
+        directory.withdraw(number, _token_of(request), time.monotonic())
+        return Response(204)
+
+    return {"PUT": put, "DELETE": withdraw}
 
 
 def _described(lease: Lease) -> str:

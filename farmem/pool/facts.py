@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import time
 
+from farmem.pool.directory import Directory
 from farmem.pool.leases import Leases
 from farmem.pool.nbdkit import Door
 from farmem.pool.queuepairs import QueuePairs
@@ -19,6 +20,7 @@ class Facts:
     doors: list[Door]
     is_quiet: bool = False
     queue_pairs: QueuePairs | None = None
+    directory: Directory | None = None  # the registry that it keeps
     started_seconds: float = dataclasses.field(default_factory=time.time)
 
     def say(self, text: str) -> None:

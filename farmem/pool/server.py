@@ -21,15 +21,18 @@ from farmem import _native
 from farmem.errors import FarmemError
 from farmem.pool import memory
 from farmem.pool.api import Api
+from farmem.pool.directory import Directory, OwnRegistry
 from farmem.pool.facts import Facts
 from farmem.pool.http import HttpServer
 from farmem.pool.leases import Leases, Quotas, Table
 from farmem.pool.nbdkit import Door
 from farmem.pool.notify import notify, watchdog_seconds
 from farmem.pool.queuepairs import Wanted, open_queue_pairs
+from farmem.pool.registrar import Registrar, advertised
 from farmem.pool.sockets import Listen, Listener, Sockets
 from farmem.pool.tls import Tls
 from farmem.pools import EXTENT_BYTES, host_memory_bytes
+from farmem.registry import Registry
 from farmem.sizes import format_bytes, parse_size
 
 TEST_VARIABLE = "FARMEM_TEST_POOL"
@@ -54,6 +57,9 @@ class Settings(NamedTuple):
     tls: Tls = Tls()
     rdma: Wanted = Wanted()
     is_quiet: bool = False
+    keeps_registry: bool = False
+    registries: tuple[Registry, ...] = ()  # where it registers itself
+    advertise: str = ""  # the URL that it registers; empty: where it listens
 
 
 class TestSettings(NamedTuple):
@@ -120,6 +126,11 @@ class Server:
             settings.name, secrets.token_hex(_EPOCH_BYTES), self.leases, [], settings.is_quiet
         )
         self.facts.queue_pairs = open_queue_pairs(settings.rdma, self.leases)
+        registries = settings.registries
+        if settings.keeps_registry:
+            self.facts.directory = Directory()
+            registries = (OwnRegistry(self.facts.directory), *registries)
+        self._registrar = Registrar(self.facts, registries)
         self._http = HttpServer(Api(self.facts).answer, settings.tls)
         self._signals = 0
         self._signalled = asyncio.Event()
@@ -158,8 +169,14 @@ class Server:
             loop.add_signal_handler(number, self._on_signal)
         async with self.serving():
             self._announce()
-            await self.while_all_is_well(self._until_drained())
-            notify("STOPPING=1")
+            url = self.settings.advertise or advertised(self.sockets.listeners)
+            registering = asyncio.ensure_future(self._registrar.run(url))
+            try:
+                await self.while_all_is_well(self._until_drained())
+            finally:
+                notify("STOPPING=1")
+                self._registrar.stop()
+                await registering
 
     async def while_all_is_well(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something to its end, unless a part of the server fails first."""
@@ -199,6 +216,7 @@ class Server:
     async def _until_drained(self) -> None:
         await self._signalled.wait()
         self.leases.is_draining = True
+        self._registrar.stop()
         notify("STOPPING=1", "STATUS=draining")
         seconds = self.settings.drain_ns / _NS
         end = time.monotonic() + seconds

@@ -28,7 +28,7 @@ void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io)
 static bool grant_down(struct fm_backend *b, uint32_t extent) { return b->next == NULL || b->next->grant(b->next, extent); }
 static bool trim_down(struct fm_backend *b, uint32_t extent) { return b->next == NULL || b->next->trim(b->next, extent); }
 
-static void fm_backend_defaults(struct fm_backend *b)
+void fm_backend_defaults(struct fm_backend *b)
 {
     fm_assert(b->size == sizeof *b && b->version == FM_BACKEND_VERSION);
     fm_assert(b->submit != NULL || b->next != NULL);
@@ -56,7 +56,7 @@ static const struct fm_backend *backend_of(uint32_t kind)
     switch ((enum fm_backend_kind)kind) {
     case FM_BACKEND_MEM: return &fm_backend_mem;
     case FM_BACKEND_FILE: return &fm_backend_file;
-    case FM_BACKEND_NBD: return &fm_backend_nbd;
+    case FM_BACKEND_SERVERS: return &fm_backend_servers;
     }
     return NULL;
 }

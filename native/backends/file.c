@@ -166,7 +166,7 @@ static void trimmer(void *arg)
             fm_futex_wait(&fm_file.trim_bell, seen, -1);
         fm_sleep_ns(GATHER_NS);
         seen = __atomic_load_n(&fm_file.trim_bell, __ATOMIC_SEQ_CST);
-        fm_pool_ledger_trim(fm_file.b->chain->ledger, punch, NULL);
+        fm_pool_ledger_trim(fm_file.b->chain->ledger, 0, punch, NULL);
     }
 }
 

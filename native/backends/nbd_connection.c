@@ -1,6 +1,6 @@
 /* nbd_connection.c - one connection to the server: a thread that makes it and receives, and whoever has something to send.
  *
- * Sending never waits: what the kernel does not take now goes on when it has room (nbd.c's tender).  Bytes go straight
+ * Sending never waits: what the kernel does not take now goes on when it has room (the tender).  Bytes go straight
  * from frames and into frames.  A reply that is not exactly what may come now ends the connection: nothing after it can be
  * believed.  Frames that were half received are the request's still, and it is made again.
  */
@@ -56,13 +56,14 @@ void fm_nbd_hold(struct fm_nbd_connection *c)
 
 void fm_nbd_release(struct fm_nbd_connection *c) { fm_nbd_store(&c->sending, 0); }
 
-static struct request head_of(const struct fm_nbd_request *r)
+static struct request head_of(const struct fm_nbd *n, const struct fm_nbd_request *r)
 {
     const struct fm_io *io = r->io;
+    uint64_t place = io->slot - n->span->first * FM_EXTENT_SLOTS;
     uint16_t kind = io->kind == FM_IO_FETCH ? CMD_READ : io->kind == FM_IO_STORE ? CMD_WRITE : CMD_TRIM;
     return (struct request){ .magic = __builtin_bswap32(MAGIC_REQUEST), .kind = __builtin_bswap16(kind),
                              .cookie = __builtin_bswap64(r->cookie),
-                             .at = __builtin_bswap64((uint64_t)io->slot * FM_PAGE_BYTES),
+                             .at = __builtin_bswap64(place * FM_PAGE_BYTES),
                              .bytes = __builtin_bswap32(io->n * FM_PAGE_BYTES) };
 }
 
@@ -78,7 +79,7 @@ static void broken(struct fm_nbd_connection *c)
 static bool send_out(struct fm_nbd_connection *c)
 {
     struct fm_nbd_request *r = c->out;
-    struct request head = head_of(r);
+    struct request head = head_of(c->server, r);
     uint32_t body = r->io->kind == FM_IO_STORE ? r->io->n * FM_PAGE_BYTES : 0, all = sizeof head + body;
     while (c->out_bytes < all) {
         struct iovec iov[2];
@@ -88,7 +89,7 @@ static bool send_out(struct fm_nbd_connection *c)
             iov[m.msg_iovlen++] = (struct iovec){ (char *)&head + at, sizeof head - at };
         at = at < sizeof head ? 0 : at - (uint32_t)sizeof head;
         if (body > 0)
-            iov[m.msg_iovlen++] = (struct iovec){ fm_io_bytes(fm_nbd.b, r->io) + at, body - at };
+            iov[m.msg_iovlen++] = (struct iovec){ fm_io_bytes(c->server->b, r->io) + at, body - at };
         long sent = fm_sys(SYS_sendmsg, c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (sent == -EAGAIN)
             return false;
@@ -179,7 +180,7 @@ static uint64_t serve(struct fm_nbd_connection *c)
         if (r == NULL || error == NBD_ESHUTDOWN)
             return n;
         const struct fm_io *io = r->io;
-        if (error == 0 && io->kind == FM_IO_FETCH && !receive(c, fm_io_bytes(fm_nbd.b, io), (uint64_t)io->n * FM_PAGE_BYTES))
+        if (error == 0 && io->kind == FM_IO_FETCH && !receive(c, fm_io_bytes(c->server->b, io), (uint64_t)io->n * FM_PAGE_BYTES))
             return n;
         fm_nbd_end(c, r, status_of(error));
     }
@@ -220,7 +221,9 @@ static void close_hard(int fd)
 
 static enum fm_nbd_answer connect_to_server(struct fm_nbd_connection *c, uint32_t *flags, const char **why)
 {
-    const struct fm_pool_server *s = fm_nbd.server;
+    struct fm_nbd *n = c->server;
+    const struct fm_pool_server *s = n->server;
+    uint64_t bytes = (uint64_t)n->span->extents * FM_EXTENT_SLOTS * FM_PAGE_BYTES;
     uint16_t family;
     uint64_t patience_ns = s->timeout_ns < CONNECT_NS ? s->timeout_ns : CONNECT_NS;
     __builtin_memcpy(&family, s->address, sizeof family);
@@ -231,8 +234,8 @@ static enum fm_nbd_answer connect_to_server(struct fm_nbd_connection *c, uint32_
     keep_alive(fd);
     enum fm_nbd_answer a = FM_NBD_LATER;
     if (fm_sys(SYS_connect, fd, s->address, s->address_bytes) == 0)
-        a = fm_nbd_handshake(fd, s, fm_nbd.b->chain->pool_bytes, flags, why);
-    bool one_is_enough = c != fm_nbd.connection && a == FM_NBD_READY && (*flags & FM_NBD_FLAG_CAN_MULTI_CONN) == 0;
+        a = fm_nbd_handshake(fd, s, bytes, flags, why);
+    bool one_is_enough = c != n->connection && a == FM_NBD_READY && (*flags & FM_NBD_FLAG_CAN_MULTI_CONN) == 0;
     if (a != FM_NBD_READY || one_is_enough) {
         close_hard(fd);
         return one_is_enough ? FM_NBD_LATER : a;
@@ -257,13 +260,13 @@ static void run(void *arg)
 {
     struct fm_nbd_connection *c = arg;
     uint64_t wait_ns = 0;
-    while (fm_nbd_load(&fm_nbd.gone) == 0) {
+    while (!fm_nbd_gone(c->server)) {
         uint32_t flags = 0;
         uint64_t answered = 0;
         const char *why = NULL;
         enum fm_nbd_answer a = connect_to_server(c, &flags, &why);
         if (a == FM_NBD_GONE) {
-            fm_nbd_is_gone(why);
+            fm_nbd_is_gone(c->server, why);
             return;
         }
         if (a == FM_NBD_READY) {
@@ -277,4 +280,4 @@ static void run(void *arg)
     }
 }
 
-bool fm_nbd_start(struct fm_nbd_connection *c) { return fm_nbd.b->chain->thread(run, c); }
+bool fm_nbd_start(struct fm_nbd_connection *c) { return c->server->b->chain->thread(run, c); }

@@ -89,7 +89,8 @@ enum fm_res {
 
 enum fm_io_kind { FM_IO_FETCH = 1, FM_IO_STORE = 2 };
 
-/* A transfer between n contiguous frames and n contiguous slots.  Lives inside the first frame. */
+/* A transfer between n contiguous frames and n contiguous slots of one extent: the next may be on another server.  Lives
+ * inside the first frame. */
 struct fm_io {
     uint32_t kind;         /* enum fm_io_kind */
     uint32_t n;
@@ -447,6 +448,12 @@ static inline bool fm_missing_means_zeros(const struct fm_block *b, uint32_t i)
     return (b->flags[i] & (FM_DISCARDED | FM_FOUND | FM_LAZY)) != 0 && !fm_missing_means_remote(b, i);
 }
 static inline bool fm_in_limbo(const struct fm_block *b) { return (b->page & FM_LIMBO_BIT) != 0; }
+
+/* Is the slot behind this one its neighbour in a transfer too? */
+static inline bool fm_slots_go_on(uint32_t slot, uint32_t next)
+{
+    return next == slot + 1 && next % FM_EXTENT_SLOTS != 0;
+}
 
 #define fm_defect(c, name) (__builtin_expect(((c)->defects & FM_DEFECT_##name) != 0, 0))
 #define fm_add(counter, n) ((void)__atomic_add_fetch(&(counter), (uint64_t)(n), __ATOMIC_RELAXED))

@@ -407,7 +407,10 @@ static bool judge(struct fm_core *c, uint32_t f, const uint64_t h[2], bool zero)
         return false;
     uint32_t i = (uint32_t)(fr->page - b->page);
     bool store = false;
-    bool clean = b->slot[i] != FM_SLOT_NONE && (b->flags[i] & FM_HASHED) != 0 &&
+    /* A page that the kernel may have taken by now needs its slot, wherever that is. */
+    bool there = b->slot[i] != FM_SLOT_NONE &&
+                 ((b->flags[i] & FM_LAZY) != 0 || !fm_slot_shut(&c->ledger, b->slot[i]) || fm_defect(c, TRUST_THE_DEAD));
+    bool clean = there && (b->flags[i] & FM_HASHED) != 0 &&
                  ((b->hash[i][0] == h[0] && b->hash[i][1] == h[1]) || fm_defect(c, SKIP_STORE));
     fm_add(c->count->pages_evicted, 1);
     if (fr->copied)
@@ -443,7 +446,8 @@ static void store_runs(struct fm_core *c, const uint32_t *frame, uint32_t n)
 {
     for (uint32_t k = 0; k < n;) {
         uint32_t f = frame[k], slot = c->frame[f].slot, run = 1;
-        while (k + run < n && run < FM_WINDOW_MAX && frame[k + run] == f + run && c->frame[f + run].slot == slot + run)
+        while (k + run < n && run < FM_WINDOW_MAX && frame[k + run] == f + run &&
+               fm_slots_go_on(slot + run - 1, c->frame[f + run].slot))
             run++;
         fm_add(c->count->pages_stored, run);
         c->frame[f].transfer = (struct fm_io){ .kind = FM_IO_STORE, .n = run, .frame = f, .slot = slot };

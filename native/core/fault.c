@@ -116,7 +116,7 @@ static void fetch_begin(struct fm_core *c, struct fm_block *b, uint32_t i, uint3
 static uint32_t remote_run(const struct fm_block *b, uint32_t i, uint32_t want)
 {
     uint32_t n = run_of(b, i, want, FM_REMOTE), k = 1;
-    while (k < n && b->slot[i + k] == b->slot[i] + k)
+    while (k < n && fm_slots_go_on(b->slot[i + k - 1], b->slot[i + k]))
         k++;
     return n == 0 ? 0 : k;
 }

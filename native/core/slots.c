@@ -1,7 +1,8 @@
 /* slots.c - the place in the pool that a page's bytes will be stored in.
  *
  * A block fills one extent, page by page.  Capacity is granted before a page leaves, never during: the ledger gives the
- * extent, the backend the space for it.  The evictor's alone, except for giving an extent up.
+ * extent, the backend the space for it.  The evictor's alone, except for giving an extent up.  A place on a server that
+ * can't be had (its span is shut) is as good as none: what is here is stored elsewhere, even if it was there already.
  */
 #include <stddef.h>
 
@@ -12,11 +13,17 @@ static uint64_t slot_place(const struct fm_block *b, uint32_t i)
     return (uint64_t)b->extent * FM_EXTENT_SLOTS + i;
 }
 
+/* The page's slot can take other bytes. */
+static bool slot_own(struct fm_core *c, const struct fm_block *b, uint32_t i)
+{
+    return b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]) && !fm_slot_shut(&c->ledger, b->slot[i]);
+}
+
 static bool slot_usable(struct fm_core *c, const struct fm_block *b, uint32_t i)
 {
-    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
+    if (slot_own(c, b, i))
         return true;
-    return b->extent != FM_EXTENT_NONE &&
+    return b->extent != FM_EXTENT_NONE && !fm_slot_shut(&c->ledger, (uint32_t)slot_place(b, i)) &&
            __atomic_load_n(&c->ledger.slot_refs[slot_place(b, i)], __ATOMIC_ACQUIRE) == 0;
 }
 
@@ -68,7 +75,7 @@ bool fm_slot_grant(struct fm_core *c, struct fm_block *b, uint32_t i)
 /* A dirty page gets the slot that its bytes will be stored in. */
 void fm_slot_assign(struct fm_core *c, struct fm_block *b, uint32_t i)
 {
-    if (b->slot[i] != FM_SLOT_NONE && !fm_slot_shared(&c->ledger, b->slot[i]))
+    if (slot_own(c, b, i))
         return;
     fm_slot_detach(c, b, i);
     bool granted = fm_slot_grant(c, b, i);

@@ -466,13 +466,15 @@ static bool trim_extent(void *ctx, uint32_t extent)
     return b->trim(b, extent);
 }
 
+_Static_assert(FM_FRAMES <= FM_BACKEND_FRAMES_MAX, "backends have places for so many");
+
 static bool pool_open(void)
 {
     struct fm_core *c = &fm.core;
     fm_pool_ledger_view(&c->ledger, fm.ledger_base, fm.slot);
     fm.chain = (struct fm_chain){ .frames = fm.frames, .ledger = &c->ledger, .count = &fm.proc->counters, .pool = fm.pool,
                                   .pool_fd = fm.pool_fd, .file_io = fm.control->file_io, .pool_bytes = fm.control->pool_bytes,
-                                  .server = &fm.control->pool_server, .thread = fm_thread_start, .done = transfer_done,
+                                  .servers = fm.control->pool_servers, .thread = fm_thread_start, .done = transfer_done,
                                   .say = fm_say, .gate_in = fm_fork_gate_in, .gate_out = fm_fork_gate_out };
     fm.backend = fm_chain_open(&fm.chain, fm.control);
     if (fm.backend == NULL)

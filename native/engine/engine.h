@@ -27,7 +27,8 @@
 #define FM_FORK_UNMAPS 8u
 #define FM_PARKED_MAX 1024u
 #define FM_STACK_BYTES 65536u
-#define FM_THREADS_MAX 24u
+#define FM_THREADS_FEW 24u
+#define FM_THREADS_MAX (16u + 5u * FM_POOL_SERVERS_MAX)
 
 /* Engine states, in order. */
 enum fm_engine_state {

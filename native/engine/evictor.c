@@ -14,6 +14,7 @@
 #define REFUSALS 64u              /* so many stores must have failed in a row */
 #define REFUSED_NS 10000000ull
 #define GIVEN_NS 1000000000ull
+#define GROWING_NS 50000000ull    /* the same, where the pool is about to become larger */
 
 void fm_evictor_ring(void)
 {
@@ -55,11 +56,15 @@ static void retry_parked(void)
     }
 }
 
+static bool pool_grows(void) { return __atomic_load_n(&fm.control->pool_grows, __ATOMIC_RELAXED) != 0; }
+
 /* Once, and again only when it has not been full for long. */
 static void tell_when_full(void)
 {
     static uint64_t full_ns;
     uint64_t before = full_ns;
+    if (pool_grows())
+        return;
     full_ns = fm_now_ns();
     if (before != 0 && full_ns - before < FULL_FORGOTTEN_NS)
         return;
@@ -96,7 +101,7 @@ static bool evict(struct fm_core *c)
     enum fm_evict_result r = fm_core_evict(c, refuses(c) ? 1 : BATCH);
     if (r == FM_EVICT_FULL || refuses(c)) {
         given.pages = __atomic_load_n(&c->local_pages, __ATOMIC_RELAXED);
-        given.until_ns = now + GIVEN_NS;
+        given.until_ns = now + (pool_grows() ? GROWING_NS : GIVEN_NS);
     }
     if (r == FM_EVICT_FULL)
         tell_when_full();

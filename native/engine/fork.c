@@ -160,7 +160,7 @@ static void stand_still(void)
     __atomic_add_fetch(&c->overdraft, 1, __ATOMIC_ACQ_REL);
     take_in_the_grown();
     /* What is only in a frame would be lost to the child: a server that is slow is waited for as long as for a fault. */
-    uint64_t until = fm_now_ns() + SETTLE_NS + fm.control->pool_server.timeout_ns;
+    uint64_t until = fm_now_ns() + SETTLE_NS + fm.control->pool_servers[0].timeout_ns;
     while (anything_in_hand(c) && fm_now_ns() < until) {
         fm_core_evict(c, 0);
         fm_sleep_ns(SETTLE_STEP_NS);

@@ -27,7 +27,8 @@ struct start {
     void *arg;
 };
 
-static char stacks[FM_THREADS_MAX][FM_STACK_BYTES] __attribute__((aligned(4096)));
+static char stacks[FM_THREADS_FEW][FM_STACK_BYTES] __attribute__((aligned(4096)));
+static char *more_stacks[FM_THREADS_MAX - FM_THREADS_FEW];       /* from the heap: only a pool on many servers needs them */
 
 uint64_t fm_now_ns(void)
 {
@@ -94,15 +95,26 @@ static long thread_on(unsigned long flags, char *stack, void (*run)(void *), voi
     return clone_on(flags | CLONE_SETTLS, (char *)top, tcb);
 }
 
+/* Of the thread with this number, for good; NULL: there can be no more. */
+static char *stack_of(uint32_t k)
+{
+    if (k < FM_THREADS_FEW || k >= FM_THREADS_MAX)
+        return k < FM_THREADS_FEW ? stacks[k] : NULL;
+    char **stack = &more_stacks[k - FM_THREADS_FEW];
+    if (*stack == NULL)
+        *stack = fm_heap_take(FM_STACK_BYTES);
+    return *stack;
+}
+
 bool fm_thread_start(void (*run)(void *), void *arg)
 {
     uint64_t all = ~0ull, old = 0;
-    uint32_t k = __atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED);
-    if (k >= FM_THREADS_MAX)
+    char *stack = stack_of(__atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED));
+    if (stack == NULL)
         return false;
     if ((fm.early_defects & FM_DEFECT_OPEN_SIGNALS) == 0)
         fm_sys(SYS_rt_sigprocmask, SIG_BLOCK, &all, &old, 8);
-    long r = thread_on(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM, stacks[k], run, arg);
+    long r = thread_on(CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM, stack, run, arg);
     if ((fm.early_defects & FM_DEFECT_OPEN_SIGNALS) == 0)
         fm_sys(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, 8);
     return r > 0;
@@ -140,14 +152,14 @@ void fm_keeper_start(void)
         return;
     int ends[2];
     long pidfd = fm_sys(SYS_pidfd_open, fm_sys(SYS_getpid), 0);
-    uint32_t k = __atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED);
+    char *stack = stack_of(__atomic_fetch_add(&fm.threads, 1, __ATOMIC_RELAXED));
     fm.keeper = true;                       /* or it was tried, at least */
-    if (pidfd < 0 || k >= FM_THREADS_MAX || fm_sys(SYS_pipe2, ends, O_CLOEXEC) != 0)
+    if (pidfd < 0 || stack == NULL || fm_sys(SYS_pipe2, ends, O_CLOEXEC) != 0)
         return;
     keeper.pidfd = (int)pidfd;
     keeper.read_end = ends[0];
     keeper.write_end = ends[1];
-    thread_on(CLONE_VM, stacks[k], keeper_main, NULL);
+    thread_on(CLONE_VM, stack, keeper_main, NULL);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------- */

@@ -15,6 +15,7 @@
 #include "core/core.h"
 
 #define FM_BACKEND_VERSION 1u
+#define FM_BACKEND_FRAMES_MAX 512u        /* so many frames there are at most, and so many transfers at once */
 
 /* What all of one process's chain share. */
 struct fm_chain {
@@ -24,7 +25,8 @@ struct fm_chain {
     char *pool;                       /* mem: the mapped pool */
     int pool_fd;                      /* file: the open file, in the engine's descriptor table */
     uint32_t file_io;                 /* enum fm_file_io */
-    const struct fm_pool_server *server;   /* nbd */
+    struct fm_pool_server *servers;        /* by number */
+    bool nbd_is_tended;               /* nbd: its tender runs */
     uint64_t pool_bytes;
     const char *full;                 /* what to say when no space could be granted; NULL: there is space, or was no try */
     uint64_t full_errno;
@@ -48,6 +50,7 @@ struct fm_backend {
     struct fm_backend *up;            /* towards the core; NULL at the top */
     struct fm_chain *chain;
     const struct fm_filter_config *config;
+    uint32_t number;                  /* of the server that it speaks to, and of the span of extents that lies there */
     uint64_t word[8];                 /* state of its own */
     struct fm_io *head, *tail;        /* transfers in hand */
     fm_lock lock;
@@ -56,13 +59,16 @@ struct fm_backend {
 /* Builds the chain that the control segment describes, outermost filter first.  NULL: one of them can't be opened. */
 struct fm_backend *fm_chain_open(struct fm_chain *chain, const struct fm_control *control);
 
+/* Fills in what a backend has no opinion on. */
+void fm_backend_defaults(struct fm_backend *b);
+
 /* The default of ended(), for filters that have looked at the transfer and pass it on. */
 void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io);
 
 /* file.c: is this one of the backend's own mappings? */
 bool fm_file_mapped(uint64_t start);
 
-extern const struct fm_backend fm_backend_mem, fm_backend_file, fm_backend_nbd;
+extern const struct fm_backend fm_backend_mem, fm_backend_file, fm_backend_servers, fm_backend_nbd;
 extern const struct fm_backend fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
 
 static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)

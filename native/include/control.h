@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 5
+#define FM_CONTROL_VERSION 6
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -23,6 +23,7 @@
 #define FM_SECRET_BYTES 192
 #define FM_TOKEN_BYTES 16
 #define FM_POOL_EXPORT_BYTES 1024
+#define FM_POOL_SERVERS_MAX 32
 
 /* Counters of one process; the names are the names in --stats.  Only that
  * process's engine writes them. */
@@ -143,15 +144,26 @@ enum fm_defect {
     FM_DEFECT_SKIP_ZAPPING = 32768,       /* a discarded page may be evicted before the kernel has zapped it */
     FM_DEFECT_SKIP_LIMBO = 65536,         /* a mapping moved onto one that is still in the books replaces it */
     FM_DEFECT_BELIEVE_MOVE = 131072,      /* what UFFDIO_MOVE says it did is not confirmed */
-    FM_DEFECT_DROP_BY_ADDRESS = 262144    /* the copy path drops whatever is at the page's address */
+    FM_DEFECT_DROP_BY_ADDRESS = 262144,   /* the copy path drops whatever is at the page's address */
+    FM_DEFECT_TRUST_THE_DEAD = 524288     /* an unchanged page is dropped though the server of its copy is gone */
 };
 
-/* Where a pool elsewhere is: looked up and asked before the program starts. */
+enum fm_server_kind { FM_SERVER_NONE = 0, FM_SERVER_NBD = 1 };
+/* What the supervisor knows of a lease that has ended. */
+enum fm_server_end {
+    FM_SERVER_GONE = 1,               /* with what was stored there */
+    FM_SERVER_GIVEN_BACK = 2          /* nothing was */
+};
+
+/* Where a part of a pool elsewhere is, and how it is spoken to.  Its number is that of the span of extents that lie there
+ * (pool_ledger.h), which is made when all of this is filled in. */
 struct fm_pool_server {
     uint64_t timeout_ns;              /* a request that is not answered within it has failed */
     uint32_t address_bytes;           /* of address: a struct sockaddr of any family */
     uint32_t export_bytes;            /* of export_name */
-    uint32_t gone;                    /* 1: the supervisor has learned that our lease has ended */
+    uint32_t gone;                    /* enum fm_server_end; 0: as far as the supervisor knows it is there */
+    uint32_t kind;                    /* enum fm_server_kind */
+    uint32_t down;                    /* an engine has waited for it in vain, and uses nothing more of it for now */
     uint32_t pad;
     uint8_t address[128];
     char name[128];                   /* what messages call the server; always ends with 0 */
@@ -173,12 +185,14 @@ struct fm_control {
     uint32_t userfaultfd_way;         /* enum fm_uffd_way: how `farmem run` found it can be had */
     uint32_t procs_high;              /* no slot from this one on was ever used */
     uint32_t file_io;                 /* enum fm_file_io */
+    uint32_t pool_grows;              /* 1: the supervisor gets more of it before it is full */
+    uint32_t pad;
     uint64_t pool_stored_pages;       /* slots in use now, all processes */
     uint64_t pool_peak_pages;
     uint64_t message_next;
     uint8_t secret[192];              /* FM_SECRET_BYTES, for XXH3 */
     struct fm_filter_config filter[8];
-    struct fm_pool_server pool_server;
+    struct fm_pool_server pool_servers[32];   /* FM_POOL_SERVERS_MAX */
     struct fm_message messages[256];
     struct fm_proc procs[1024];
 };
@@ -188,7 +202,7 @@ enum fm_flag {
     FM_FLAG_POOL_DIRECT = 2           /* file: opened for direct I/O */
 };
 
-enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_NBD = 3 };
+enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_SERVERS = 3 };
 enum fm_file_io { FM_FILE_IO_AUTO = 0, FM_FILE_IO_URING = 1, FM_FILE_IO_THREADS = 2 };   /* auto: io_uring if it can be had */
 enum fm_uffd_way {
     FM_UFFD_NONE = 0,

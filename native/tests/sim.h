@@ -161,7 +161,7 @@ struct sim {
     /* the program */
     uint64_t version_next, version_base;
     uint32_t zap_gen, zaps[2];    /* discards under way, by when they began */
-    bool pins_on, splice_on, forks_on, faults_on, free_on, starved_on;
+    bool pins_on, splice_on, forks_on, faults_on, free_on, starved_on, servers_on;
     uint32_t bad_ppm;
     struct { uint32_t phys; uint64_t page; } pin[PINS_MAX];
     uint32_t held[HELD_MAX];

@@ -412,6 +412,8 @@ static void chance(uint32_t id)
         }
         if (!S.stop && sim_chance(2000))
             S.core->limit_pages = 12 + (int64_t)sim_rnd(200);
+        if (S.servers_on && !S.stop && sim_chance(200))
+            fm_pool_span_shut(&S.core->ledger, (uint32_t)sim_rnd(2), sim_chance(2));
         sim_yield();
     }
 }

@@ -431,6 +431,7 @@ static void op_submit(void *ctx, struct fm_io *io)
     }
     sim_expect(S.io_n < SIM_FRAMES, "more transfers than frames");
     sim_expect(io->n > 0 && io->frame + io->n <= S.frames_n, "a transfer of frames that are not there");
+    sim_expect(io->slot % FM_EXTENT_SLOTS + io->n <= FM_EXTENT_SLOTS, "a transfer goes beyond its extent");
     S.io[S.io_n++] = io;
 }
 
@@ -440,6 +441,7 @@ static bool op_grant(void *ctx, uint32_t extent)
     pause_core();
     sim_expect(extent < S.core->ledger.extents && S.core->ledger.extent_refs[extent] == 1, "an extent that is in use is granted");
     bool space = !S.faults_on || S.stop || !sim_chance(4);
+    space &= !fm_slot_shut(&S.core->ledger, extent * FM_EXTENT_SLOTS);
     core_in();
     return space;
 }

@@ -29,6 +29,8 @@ static struct fm_pool_ledger ledger;
 static struct fm_counters counters;
 static atomic_uint ended, gates, said;
 static char last_said[FM_MESSAGE_BYTES];
+static struct fm_pool_server two[2];
+static bool second_of_two;
 
 /* ---- what the engine gives to a backend */
 
@@ -154,6 +156,7 @@ static void open_backend(void)
     backend = fm_backend_nbd;
     backend.chain = &chain;
     backend.ended = on_end;
+    backend.number = second_of_two;
     CHECK(backend.open(&backend));
 }
 
@@ -162,14 +165,17 @@ static void set_up_with(enum how how, bool meets_timeout)
     int prot = PROT_READ | PROT_WRITE;
     void *base = mmap(NULL, fm_pool_ledger_bytes(POOL_BYTES), prot, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     char *frames = mmap(NULL, FRAMES * FM_PAGE_BYTES, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(base != MAP_FAILED && frames != MAP_FAILED && fm_pool_ledger_init(base, POOL_BYTES) == 0);
+    CHECK(base != MAP_FAILED && frames != MAP_FAILED && fm_pool_ledger_init_empty(base, POOL_BYTES) == 0);
+    CHECK(!second_of_two || fm_pool_ledger_add(base, EXTENTS / 2) == 0);
+    CHECK(fm_pool_ledger_add(base, second_of_two ? EXTENTS / 2 : EXTENTS) == second_of_two);
     fm_pool_ledger_view(&ledger, base, 0);
     ledger.trim = trim;
-    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .server = &server.there,
-                               .pool_bytes = POOL_BYTES, .thread = test_thread, .say = say,
-                               .gate_in = gate_in, .gate_out = gate_out };
+    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .thread = test_thread, .say = say,
+                               .pool_bytes = POOL_BYTES, .gate_in = gate_in, .gate_out = gate_out };
     atomic_store(&server.how, (int)how);
     server_open(meets_timeout ? TIMEOUT_NS : LONG_NS);
+    two[1] = server.there;
+    chain.servers = second_of_two ? two : &server.there;
     open_backend();
 }
 
@@ -178,7 +184,7 @@ static void await_connections(void)
     uint64_t begin = fm_now_ns();
     for (uint32_t k = 0; k < FM_NBD_CONNECTIONS; sched_yield()) {
         CHECK(fm_now_ns() - begin < WAIT_NS);
-        k += fm_nbd_load(&fm_nbd.connection[k].state) == FM_NBD_UP;
+        k += fm_nbd_load(&fm_nbd[0].connection[k].state) == FM_NBD_UP;
     }
 }
 
@@ -306,7 +312,7 @@ static void gone(enum how how, const char *word)
     CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == 0);
     await_connections();
     atomic_store(&server.how, (int)how);
-    for (struct fm_nbd_connection *c = fm_nbd.connection; c < fm_nbd.connection + FM_NBD_CONNECTIONS; c++) {
+    for (struct fm_nbd_connection *c = fm_nbd[0].connection; c < fm_nbd[0].connection + FM_NBD_CONNECTIONS; c++) {
         fm_nbd_hold(c);
         shutdown(c->fd, SHUT_RDWR);
         fm_nbd_release(c);
@@ -364,11 +370,34 @@ static void space_is_given_back(void)
         CHECK(fm_now_ns() - begin < WAIT_NS);
 }
 
+/* Its extents lie behind those of another, which is never asked; to this one they begin at 0. */
+static void the_second_of_two_servers(void)
+{
+    uint32_t first = EXTENTS / 2 * FM_EXTENT_SLOTS;
+    second_of_two = true;
+    set_up(WELL);
+    CHECK(atomic_load(&server.connections) == 0);        /* nothing was asked of it yet */
+    fill(0, 8, 3);
+    CHECK(transfer(FM_IO_STORE, 0, first + 5, 8).status == 0);
+    char there[FM_PAGE_BYTES];
+    server_copy(there, server.bytes + 5 * FM_PAGE_BYTES, sizeof there);
+    CHECK(memcmp(there, words_of(0), sizeof there) == 0);
+    CHECK(transfer(FM_IO_FETCH, 8, first + 5, 8).status == 0);
+    is_filled(8, 8, 3);
+    uint32_t last = EXTENTS * FM_EXTENT_SLOTS - 32;
+    CHECK(transfer(FM_IO_STORE, 0, last, 32).status == 0 && transfer(FM_IO_FETCH, 64, last, 32).status == 0);
+    __atomic_store_n(&two[1].gone, 1, __ATOMIC_SEQ_CST);
+    await(&said, 1);
+    CHECK(fm_slot_shut(&ledger, first) && !fm_slot_shut(&ledger, first - 1));
+    CHECK(!backend.grant(&backend, EXTENTS / 2));
+}
+
 int main(int argc, char **argv)
 {
     static void (*const cases[])(void) = { right_bytes, one_connection, goes_wrong_once, goes_wrong_in_the_handshake,
                                            errors_are_told, silence_has_an_end, nobody_there, started_anew, wants_tls,
-                                           is_smaller, is_read_only, lease_has_ended, space_is_given_back };
+                                           is_smaller, is_read_only, lease_has_ended, space_is_given_back,
+                                           the_second_of_two_servers };
     for (uint32_t k = 0; k < sizeof cases / sizeof cases[0]; k++) {
         int status, pid = argc > 1 && atoi(argv[1]) != (int)k ? -1 : fork();
         if (argc > 1 && pid < 0)

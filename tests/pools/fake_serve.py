@@ -45,7 +45,8 @@ class FakeServe:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return ("--pool", self.url)
+        """All of it at once: there is but one export, and so one lease."""
+        return ("--pool", f"{self.url}?size={self.size_bytes}")
 
     def close(self) -> None:
         self._server.shutdown()

@@ -145,7 +145,7 @@ def test_what_the_job_before_had_is_waited_for_a_moment() -> None:
         server.free_bytes = 0
         comes = threading.Timer(0.5, lambda: setattr(server, "free_bytes", 64 * MIB))
         comes.start()
-        result = run_farmem(["true"], local="32M", options=server.options)
+        result = run_farmem(["true"], local="32M", options=("--pool", server.url))
         comes.join()
     assert result.stats is not None and result.stats["pool_capacity_bytes"] == 64 * MIB
 

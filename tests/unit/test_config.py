@@ -116,7 +116,7 @@ def test_files_complement_each_other_and_a_list_is_taken_whole(
     assert options["local"]["value"] == "67108864"
     assert options["filter"]["value"] == ["stats"]
     assert options["quiet"] == {"value": True, "source": "file", "where": "./farmem.toml, line 3"}
-    assert options["pool"] == {"value": "mem:", "source": "default", "where": None}
+    assert options["pool"] == {"value": ["mem:"], "source": "default", "where": None}
 
 
 def test_a_named_file_stands_alone(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farmem import servers
+from farmem.cli.options import Parsed
 from farmem.errors import FarmemError
-from farmem.pools import parse_pool, smaller_pool_hint
+from farmem.pools import SERVERS_MAX, join_pools, parse_pool, smaller_pool_hint
 from farmem.servers import Address, Server, addresses_of, parse_server
 
 
 def server(url: str) -> Server:
-    found = parse_pool(url).server
+    [found] = parse_pool(url).servers
     assert found is not None
     return found
 
@@ -100,6 +101,34 @@ def test_any_text_is_a_server_or_a_farmem_error(scheme: str, text: str) -> None:
             assert found.path or (found.host and found.port)
         except FarmemError as error:
             assert error.hint
+
+
+def test_servers_are_joined_and_others_are_not() -> None:
+    first, second = parse_pool("tcp://rack7:1"), parse_pool("nbd://rack8/e")
+    assert join_pools([first]) is first
+    both = join_pools([first, second])
+    assert both.servers == (*first.servers, *second.servers)
+    assert both.url == "tcp://rack7:1 nbd://rack8/e"
+    assert both.capacity_bytes == 0 and not both.path
+    many = [parse_pool(f"tcp://rack7:{port}") for port in range(1, SERVERS_MAX + 2)]
+    assert len(join_pools(many[:-1]).servers) == SERVERS_MAX
+    for wrong, word in (
+        ([first, parse_pool("mem:8M")], "'mem:8M' is no server"),
+        ([first, second, first], "'tcp://rack7:1' is named twice"),
+        (many, f"{SERVERS_MAX} are the most"),
+    ):
+        with pytest.raises(FarmemError) as caught:
+            join_pools(wrong)
+        assert word in f"{caught.value.what}; {caught.value.hint}"
+
+
+def test_pools_in_a_variable_are_told_apart_by_their_schemes() -> None:
+    split = Parsed("pool", parse_pool).split_envvar_value
+    assert split("mem:") == ["mem:"]
+    assert split("file:/a b") == ["file:/a b"]
+    assert split(" tcp://a:1  nbd+unix:///?socket=/s ") == ["tcp://a:1", "nbd+unix:///?socket=/s"]
+    assert split("file:/a b mem:1G") == ["file:/a b", "mem:1G"]
+    assert Parsed("filter", str).split_envvar_value("a b") == ["a", "b"]
 
 
 def test_an_address_is_what_the_kernel_wants() -> None:

@@ -1,0 +1,215 @@
+"""A registry in etcd: against real ones, a single one and a cluster of three of which one dies.
+
+What is checked is the same as with other registries; and that what else lies in etcd does no harm.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farmem.errors import FarmemError
+from farmem.registry import Entry, Registry, parse_registry
+from tests.harness import assert_ok, compile_c, run_farmem
+from tests.pools.nbd_servers import free_port
+from tests.pools.serving import need, serving, until
+
+pytestmark = pytest.mark.pools
+LIMIT_S = 60
+ENTRY = Entry("ab01", "tcp://rack7:7717", "rack7", "ab01", 1 << 30, 1 << 29)
+
+
+class Member:
+    """An etcd."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name = name
+        self.folder = folder
+        self.port, self.peer_port = free_port(), free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def peer(self) -> str:
+        return f"{self.name}=http://127.0.0.1:{self.peer_port}"
+
+    def start(self, cluster: list[Member]) -> None:
+        client = f"http://127.0.0.1:{self.port}"
+        peer = f"http://127.0.0.1:{self.peer_port}"
+        command = ["etcd", "--name", self.name, "--data-dir", str(self.folder / self.name)]
+        command += ["--listen-client-urls", client, "--advertise-client-urls", client]
+        command += ["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]
+        command += ["--initial-cluster", ",".join(member.peer for member in cluster)]
+        with (self.folder / f"{self.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(LIMIT_S)
+            self.process = None
+
+    def put(self, key: str, value: str) -> None:
+        """By somebody else."""
+        words = {"key": key, "value": value}
+        body = {name: base64.b64encode(word.encode()).decode() for name, word in words.items()}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v3/kv/put", json.dumps(body).encode()
+        )
+        with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+            assert answer.status == 200
+
+
+def soon() -> float:
+    return time.monotonic() + 5
+
+
+def registry_of(members: list[Member], prefix: str = "") -> Registry:
+    return parse_registry(url_of(members, prefix))
+
+
+def url_of(members: list[Member], prefix: str = "") -> str:
+    places = ",".join(f"127.0.0.1:{member.port}" for member in members)
+    return f"registry+etcd://{places}{prefix}"
+
+
+def answers(members: list[Member]) -> bool:
+    for member in members:
+        assert member.process is not None and member.process.poll() is None
+    try:
+        return registry_of(members).entries(soon()) == []
+    except FarmemError:
+        return False
+
+
+@contextlib.contextmanager
+def etcd(size: int = 1) -> Iterator[list[Member]]:
+    need("etcd")
+    with tempfile.TemporaryDirectory(prefix="farmem-etcd-") as name:
+        members = [Member(Path(name), f"member{number}") for number in range(size)]
+        try:
+            for member in members:
+                member.start(members)
+            until(lambda: answers(members), "etcd", LIMIT_S)
+            yield members
+        finally:
+            for member in members:
+                member.stop()
+
+
+def urls(registry: Registry) -> list[str]:
+    return [entry.url for entry in registry.entries(soon())]
+
+
+def test_an_entry_comes_stays_and_goes() -> None:
+    with etcd() as members:
+        registry, reader = registry_of(members), registry_of(members)
+        registry.register(ENTRY, 2, soon())
+        assert reader.entries(soon()) == [ENTRY]
+        fuller = ENTRY._replace(free_bytes=0)
+        for _ in range(6):
+            registry.renew(fuller, 2, soon())
+            time.sleep(0.5)
+        assert reader.entries(soon()) == [fuller]
+        registry.withdraw(ENTRY, soon())
+        assert reader.entries(soon()) == []
+        registry.withdraw(ENTRY, soon())
+
+
+def test_what_is_not_renewed_goes_and_can_come_back() -> None:
+    with etcd() as members:
+        registry = registry_of(members)
+        registry.register(ENTRY, 1, soon())
+        until(lambda: urls(registry) == [], "its end", LIMIT_S)
+        registry.renew(ENTRY, 5, soon())  # its lease is no more: it gets another
+        assert urls(registry) == [ENTRY.url]
+
+
+def test_prefixes_are_kept_apart_and_rubbish_is_passed_by() -> None:
+    with etcd() as members:
+        first, second = registry_of(members, "/a"), registry_of(members, "/b/c")
+        first.register(ENTRY, 30, soon())
+        second.register(ENTRY._replace(url="tcp://rack8:1"), 30, soon())
+        members[0].put("/a/servers/xx", "not JSON")
+        members[0].put("/a/servers/yy", '{"url": "mem:"}')
+        members[0].put("/a/servers0", '{"url": "tcp://beyond:1"}')
+        members[0].put("/a/other", '{"url": "tcp://beside:1"}')
+        assert urls(first) == [ENTRY.url]
+        assert urls(second) == ["tcp://rack8:1"]
+        assert urls(registry_of(members)) == []
+
+
+def test_it_waits_for_a_change() -> None:
+    with etcd() as members:
+        registry = registry_of(members)
+        registry.register(ENTRY, 30, soon())
+        assert registry.watch([], soon()) == [ENTRY]
+        assert registry.watch([ENTRY], time.monotonic() + 0.1) == [ENTRY]
+
+
+def test_a_member_that_is_dead_from_the_start() -> None:
+    with etcd() as members:
+        dead = Member(members[0].folder, "dead")
+        registry = registry_of([dead, *members])
+        registry.register(ENTRY, 30, soon())
+        assert urls(registry) == [ENTRY.url]
+
+
+def test_a_cluster_of_which_a_member_dies() -> None:
+    with etcd(3) as members:
+        registry = registry_of(members)
+        registry.register(ENTRY, 30, soon())
+        members[0].stop()
+
+        def goes_on() -> bool:
+            """Until there is a leader again nothing can be had."""
+            try:
+                registry.renew(ENTRY, 30, soon())
+                return urls(registry) == [ENTRY.url]
+            except FarmemError:
+                return False
+
+        until(goes_on, "the other two", LIMIT_S)
+        assert urls(registry_of(members)) == [ENTRY.url]
+
+
+def test_nobody_there() -> None:
+    registry: Any = parse_registry(f"registry+etcd://127.0.0.1:{free_port()}/x")
+    with pytest.raises(FarmemError, match=r"can't be reached: 127\.0\.0\.1:.*refused"):
+        registry.entries(soon())
+
+
+def test_somebody_else_there() -> None:
+    with serving() as server:
+        registry = parse_registry(f"registry+etcd://127.0.0.1:{server.port}/x")
+        with pytest.raises(FarmemError) as caught:
+            registry.entries(soon())
+    assert "there is nothing here" in caught.value.what and caught.value.hint
+
+
+@pytest.mark.uffd
+def test_servers_register_in_etcd_and_a_job_finds_them() -> None:
+    with etcd() as members:
+        url = url_of(members, "/farm")
+        with (
+            serving("--register", url, capacity="128M") as first,
+            serving("--register", url, capacity="128M") as second,
+        ):
+            registry = registry_of(members, "/farm")
+            until(lambda: len(urls(registry)) == 2, "both registered", LIMIT_S)
+            result = run_farmem(
+                [compile_c("verify"), "1", "128", "1"], local="32M", options=("--pool", url)
+            )
+            assert "MiB to" in first.log and "MiB to" in second.log
+            assert first.end() == 0
+            assert len(urls(registry)) == 1
+    assert_ok(result)
