@@ -140,6 +140,8 @@ def _split_file(url: str, rest: str) -> tuple[str | None, str]:
 
 def _existing_place(url: str, path: str) -> str:
     """The resolved path, if something is there or can be made there."""
+    if "\0" in path:
+        raise FarmemError(f"pool {url!r}: a path has no zero bytes", FILE_HINT)
     resolved = os.path.realpath(path)
     folder = resolved if os.path.isdir(resolved) else os.path.dirname(resolved)
     if not os.path.isdir(folder):

@@ -75,6 +75,7 @@ def test_a_link_is_followed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "named", "hint"),
     [
+        ("file:/\0", "has no zero bytes", "file:/var/tmp"),
         ("file:", "names no path", "file:/var/tmp"),
         ("file:8G:", "names no path", "file:/var/tmp"),
         ("file:8G", "begins with neither", "file:./8G"),
