@@ -27,6 +27,7 @@ from farmem.tls import Tls
 
 if TYPE_CHECKING:
     from farmem.poolfile import PoolFile
+    from farmem.poolrdma import PoolRdma
     from farmem.poolservers import PoolServers
 
 ffi, lib = _native.ffi, _native.lib
@@ -58,6 +59,8 @@ class Request(NamedTuple):
     file_direct: bool = True
     pool_timeout_ns: int = POOL_TIMEOUT_NS
     tls: Tls = Tls()
+    rdma_device: str = ""
+    rdma_gid_index: int | None = None
 
 
 class Memory:
@@ -125,11 +128,10 @@ class Job:
         control.evict_mode = request.evict_mode
         control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
         if request.pool.is_elsewhere:
-            from farmem.poolservers import PoolServers
-
-            assert isinstance(self.pool, PoolServers)
-            control.backend = lib.FM_BACKEND_SERVERS
-            self.pool.fill(control, self.ledger.pointer, request.pool_timeout_ns)
+            there: Any = self.pool  # on servers
+            is_rdma = request.pool.is_rdma
+            control.backend = lib.FM_BACKEND_RDMA if is_rdma else lib.FM_BACKEND_SERVERS
+            there.fill(control, self.ledger.pointer, request.pool_timeout_ns)
         control.file_io = request.file_io
         control.userfaultfd_way = request.userfaultfd_way
         ffi.memmove(control.secret, os.urandom(lib.FM_SECRET_BYTES), lib.FM_SECRET_BYTES)
@@ -157,7 +159,8 @@ def _memory_for(pool: Pool, name: str, size_bytes: int) -> Memory:
 
 def _open_ledger(pool: Pool) -> Memory:
     ledger = _memory_for(pool, "farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
-    begin = lib.fm_pool_ledger_init_empty if pool.is_elsewhere else lib.fm_pool_ledger_init
+    has_spans = pool.is_elsewhere and not pool.is_rdma
+    begin = lib.fm_pool_ledger_init_empty if has_spans else lib.fm_pool_ledger_init
     if begin(ledger.pointer, pool.capacity_bytes) != 0:
         raise FarmemError(
             f"pool {pool.url!r} is larger than a job can address", smaller_pool_hint(pool)
@@ -165,13 +168,22 @@ def _open_ledger(pool: Pool) -> Memory:
     return ledger
 
 
-def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers, Request]":
+def _open_elsewhere(request: Request) -> "PoolServers | PoolRdma":
+    if request.pool.is_rdma:
+        from farmem.poolrdma import PoolRdma, Wanted
+
+        wanted = Wanted(request.rdma_device, request.rdma_gid_index)
+        return PoolRdma(request.pool, wanted, request.tls)
+    from farmem.poolservers import PoolServers
+
+    return PoolServers(request.pool, request.budget_bytes, request.tls)
+
+
+def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers | PoolRdma, Request]":
     """The pool, and the request with what the pool is known to have now."""
     pool = request.pool
     if pool.is_elsewhere:
-        from farmem.poolservers import PoolServers
-
-        there = PoolServers(pool, request.budget_bytes, request.tls)
+        there = _open_elsewhere(request)
         return there, request._replace(pool=pool._replace(capacity_bytes=there.capacity_bytes))
     if pool.path:
         from farmem.poolfile import PoolFile

@@ -188,8 +188,15 @@ class Lease:
         self._epoch = document.get("epoch")
         data = document.get("nbd")
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+        self.has_rdma = isinstance(document.get("rdma"), dict)
         self._ended = threading.Event()
         self._lost = False
+
+    def call(self, method: str, path: str, deadline: float, body: Any = None) -> Answer:
+        """Ask for what belongs to the lease."""
+        return self._control.call(
+            method, f"/v1/leases/{self._id}{path}", deadline, body, token=self._token
+        )
 
     def keep(self, say: Callable[[str], None], lost: Callable[[], None]) -> None:
         """Renew it from now on, from a thread; what goes wrong is said once."""

@@ -23,6 +23,7 @@ SERVERS_MAX = 32  # FM_POOL_SERVERS_MAX
 SCHEMES = {"mem": "memory of this host", "file": "a file on this host's disk"}
 SERVER_SCHEMES = {
     "tcp": "memory of another host: a farmem serve",
+    "rdma": "memory of another host, by one-sided RDMA: a farmem serve",
     "unix": "a farmem serve on this host, by its socket",
     "nbd": "an NBD server's export",
     "nbds": "an NBD server's export, with TLS",
@@ -38,7 +39,7 @@ _LEFT_FREE = 10
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
-    "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, unix:///PATH, "
+    "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, rdma://HOST:PORT, unix:///PATH, "
     "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
     "registry+http://HOST:PORT, "
     "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml"
@@ -60,6 +61,11 @@ class Pool(NamedTuple):
     def is_elsewhere(self) -> bool:
         """Whether it is on servers."""
         return bool(self.servers) or self.registry is not None
+
+    @property
+    def is_rdma(self) -> bool:
+        """Whether it is on a server by RDMA, which is the only one then."""
+        return any(server.by_rdma for server in self.servers)
 
 
 def host_memory_bytes() -> int:
@@ -102,6 +108,11 @@ def join_pools(pools: Sequence[Pool]) -> Pool:
             raise FarmemError(
                 f"pool {pool.url!r} is no server, and only servers can be used together",
                 "give --pool once, or servers one by one, as --pool tcp://A:7717 --pool tcp://B:7717",
+            )
+        if pool.is_rdma:
+            raise FarmemError(
+                f"pool {pool.url!r} can't be used together with others: RDMA is to one server yet",
+                "give --pool once, or name servers as tcp://HOST:PORT",
             )
         if urls.count(pool.url) > 1:
             raise FarmemError(f"pool {pool.url!r} is named twice", "name each server once")

@@ -1,8 +1,8 @@
 """Pools on other hosts: their URLs, and how a server is reached before the program starts.
 
-`tcp://HOST:PORT` and `unix:///PATH` are where a `farmem serve` leases memory,
-`nbd://HOST[:PORT]/EXPORT`, `nbds://` with TLS, and `nbd+unix:///EXPORT?socket=PATH` any NBD
-server's export.
+`tcp://HOST:PORT` and `unix:///PATH` are where a `farmem serve` leases memory, `rdma://HOST:PORT`
+where it does so for one-sided RDMA, `nbd://HOST[:PORT]/EXPORT`, `nbds://` with TLS, and
+`nbd+unix:///EXPORT?socket=PATH` any NBD server's export.
 Names are looked up here and nowhere else: the engine gets an address.  Everything that waits
 has a deadline, which holds for all of it together.
 """
@@ -25,7 +25,7 @@ UNIX_PATH_BYTES_MAX = 107
 EXPORT_BYTES_MAX = 1024
 NAME_BYTES_MAX = 127
 SERVER_HINT = (
-    "write it as tcp://HOST:PORT or unix:///PATH (a `farmem serve`), or as "
+    "write it as tcp://HOST:PORT, rdma://HOST:PORT or unix:///PATH (a `farmem serve`), or as "
     "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT (with TLS) or "
     "nbd+unix:///EXPORT?socket=PATH (an NBD server)"
 )
@@ -33,6 +33,7 @@ _SILENT = "it does not answer"
 _UNNAMED = "its name can't be looked up"
 _PARAMETERS = {
     "tcp": {"size"},
+    "rdma": {"size"},
     "unix": {"size"},
     "nbd": set(),
     "nbds": set(),
@@ -51,6 +52,7 @@ class Server(NamedTuple):
     export: bytes
     size_bytes: int | None  # wanted; None: what there is
     is_tls: bool = False  # its URL says so
+    by_rdma: bool = False
 
     @property
     def name(self) -> str:
@@ -106,9 +108,9 @@ def parse_server(url: str) -> Server:
     size = options.get("size")
     size_bytes = None if size is None else parse_size(size, "pool size")
     path, export = "", b""
-    if scheme in ("tcp", "nbd", "nbds"):
+    if scheme in ("tcp", "rdma", "nbd", "nbds"):
         port = _port(url, scheme, host, port)
-        if scheme != "tcp":
+        if scheme not in ("tcp", "rdma"):
             export = _export(url, parts.path)
         elif parts.path not in ("", "/"):
             raise FarmemError(f"pool {url!r}: nothing belongs behind the port", SERVER_HINT)
@@ -120,8 +122,9 @@ def parse_server(url: str) -> Server:
         path = unquote(parts.path) if scheme == "unix" else options.get("socket", "")
         export = b"" if scheme == "unix" else _export(url, parts.path)
         path = _socket_path(url, path)
-    leases, is_tls = scheme in ("tcp", "unix"), scheme == "nbds"
-    return Server(url, leases, host, port or 0, path, export, size_bytes, is_tls)
+    leases, is_tls = scheme in ("tcp", "rdma", "unix"), scheme == "nbds"
+    is_rdma = scheme == "rdma"
+    return Server(url, leases, host, port or 0, path, export, size_bytes, is_tls, is_rdma)
 
 
 def _options(url: str, parts: SplitResult) -> dict[str, str]:
@@ -140,10 +143,10 @@ def _options(url: str, parts: SplitResult) -> dict[str, str]:
 def _port(url: str, scheme: str, host: str, port: int | None) -> int:
     if not host:
         raise FarmemError(f"pool {url!r} names no host", SERVER_HINT)
-    if port == 0 or (port is None and scheme == "tcp"):
+    if port == 0 or (port is None and scheme in ("tcp", "rdma")):
         raise FarmemError(
             f"pool {url!r} names no port",
-            f"name the one that the server listens on: tcp://{host}:PORT",
+            f"name the one that the server listens on: {scheme}://{host}:PORT",
         )
     return NBD_PORT if port is None else port
 

@@ -9,7 +9,7 @@
 set -euo pipefail
 
 # Debian package names. Whoever adds a test that needs a program adds it here.
-BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev libssl-dev nbdkit-plugin-dev)
+BUILD_PACKAGES=(gcc libc6-dev make cmake ninja-build libxxhash-dev libssl-dev nbdkit-plugin-dev libibverbs-dev)
 TEST_PACKAGES=(sqlite3 redis-server redis-tools xz-utils liburing-dev libcap2-bin procps util-linux
     groff-base bash-completion zsh fish nbdkit qemu-utils)
 # For tools/guest.sh, which boots another kernel; iproute2 has the program that makes Soft-RoCE devices.

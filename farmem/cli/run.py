@@ -115,7 +115,8 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
     "`farmem serve`, by its address or its socket (?size=8G behind it: so much, at once; else "
-    "more and more of what it has, as it is needed). nbd://HOST[:PORT]/EXPORT, "
+    "more and more of what it has, as it is needed). rdma://HOST:PORT: one lease of it, read and "
+    "written by one-sided RDMA. nbd://HOST[:PORT]/EXPORT, "
     "nbds://... (with TLS), nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of "
     "it is overwritten. Of servers there can be several, each with a --pool of its own: what is "
     "evicted is spread over them. registry+http://HOST:PORT, "
@@ -149,6 +150,21 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     default="",
     help="Where ca-cert.pem, client-cert.pem and client-key.pem are. The server's certificate must "
     "be of that authority and for the name in the pool's URL.",
+)
+@click.option(
+    "--rdma-device",
+    metavar="NAME",
+    default="",
+    help="For rdma:// the device of this host to use, as `rdma link` names it. Default: the first "
+    "with an active port.",
+)
+@click.option(
+    "--rdma-gid-index",
+    metavar="N",
+    type=click.IntRange(0, 255),
+    default=None,
+    help="For rdma:// the device's GID by which the server is reached. Default: RoCE v2 over IPv4 "
+    "if there is one, else over IPv6, else what there is.",
 )
 @click.option(
     "--filter",
@@ -187,6 +203,8 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
     pool_timeout_ns: int,
     tls: str | None,
     tls_certificates: str,
+    rdma_device: str,
+    rdma_gid_index: int | None,
     filters: tuple[Filter, ...],
     stats_path: str,
     quiet: bool,
@@ -221,6 +239,8 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
         file_direct=file_direct,
         pool_timeout_ns=pool_timeout_ns,
         tls=Tls(tls or "", tls_certificates),
+        rdma_device=rdma_device,
+        rdma_gid_index=rdma_gid_index,
     )
     job = Job(request)
     launch(job, path, job.environment(environment, library))

@@ -68,7 +68,7 @@ void fm_backend_ended_up(struct fm_backend *b, struct fm_io *io);
 /* file.c: is this one of the backend's own mappings? */
 bool fm_file_mapped(uint64_t start);
 
-extern const struct fm_backend fm_backend_mem, fm_backend_file, fm_backend_servers, fm_backend_nbd;
+extern const struct fm_backend fm_backend_mem, fm_backend_file, fm_backend_servers, fm_backend_nbd, fm_backend_rdma;
 extern const struct fm_backend fm_filter_checksum, fm_filter_stats, fm_filter_delay, fm_filter_error;
 
 static inline char *fm_io_bytes(const struct fm_backend *b, const struct fm_io *io)

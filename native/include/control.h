@@ -65,8 +65,8 @@ struct fm_counters {
     uint64_t peak_local_bytes;
     uint64_t transfers_uring;         /* file: transfers that ended, by io_uring ... */
     uint64_t transfers_threads;       /* ... and by a thread that waits for each */
-    uint64_t pool_connections_lost;   /* nbd: how often one ended, and was made anew */
-    uint64_t pool_silent_ns;          /* nbd: how long the server was waited for that did not answer */
+    uint64_t pool_connections_lost;   /* nbd, rdma: how often one ended, and was made anew */
+    uint64_t pool_silent_ns;          /* nbd, rdma: how long the server was waited for that did not answer */
 };
 
 enum fm_proc_state {
@@ -156,7 +156,8 @@ enum fm_server_end {
 };
 
 /* Where a part of a pool elsewhere is, and how it is spoken to.  Its number is that of the span of extents that lie there
- * (pool_ledger.h), which is made when all of this is filled in. */
+ * (pool_ledger.h), which is made when all of this is filled in.  rdma: the socket of the job's agent, and as the export what lets
+ * an engine in there. */
 struct fm_pool_server {
     uint64_t timeout_ns;              /* a request that is not answered within it has failed */
     uint32_t address_bytes;           /* of address: a struct sockaddr of any family */
@@ -202,7 +203,7 @@ enum fm_flag {
     FM_FLAG_POOL_DIRECT = 2           /* file: opened for direct I/O */
 };
 
-enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_SERVERS = 3 };
+enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_SERVERS = 3, FM_BACKEND_RDMA = 4 };
 enum fm_file_io { FM_FILE_IO_AUTO = 0, FM_FILE_IO_URING = 1, FM_FILE_IO_THREADS = 2 };   /* auto: io_uring if it can be had */
 enum fm_uffd_way {
     FM_UFFD_NONE = 0,

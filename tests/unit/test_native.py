@@ -44,6 +44,8 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_native(programs: Path, program: str) -> None:
+    if not (programs / program).exists():
+        pytest.skip("its headers are not installed: tools/setup.sh build")
     done = run([programs / program])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 

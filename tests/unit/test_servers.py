@@ -27,6 +27,7 @@ def server(url: str) -> Server:
         ("tcp://rack7:7070", "rack7", 7070, "", b"", "rack7:7070"),
         ("tcp://rack7:7070/", "rack7", 7070, "", b"", "rack7:7070"),
         ("tcp://[::1]:7070", "::1", 7070, "", b"", "[::1]:7070"),
+        ("rdma://rack7:7070", "rack7", 7070, "", b"", "rack7:7070"),
         ("unix:///run/farmem.sock", "", 0, "/run/farmem.sock", b"", "/run/farmem.sock"),
         ("unix:///run/a%20b", "", 0, "/run/a b", b"", "/run/a b"),
         ("nbd://rack7/disk", "rack7", 10809, "", b"disk", "rack7:10809"),
@@ -43,7 +44,8 @@ def test_a_server_is_understood(
     found = server(url)
     assert (found.host, found.port, found.path, found.export) == (host, port, path, export)
     assert found.name == name
-    assert found.leases == url.startswith(("tcp:", "unix:"))
+    assert found.leases == url.startswith(("tcp:", "rdma:", "unix:"))
+    assert found.by_rdma == url.startswith("rdma:")
 
 
 def test_a_relative_socket_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +77,8 @@ def test_the_size_of_a_lease() -> None:
         ("tcp://rack7:1?size=1M", "are the least"),
         ("tcp://rack7:1?size=1G&size=2G", "twice"),
         ("tcp://[::1:1", "is not understood"),
+        ("rdma://rack7", "names no port"),
+        ("rdma://rack7:1/export", "nothing belongs behind"),
         ("nbd://h/e?size=1G", "has no parameter"),
         ("nbd:///e", "names no host"),
         ("nbd+unix:///e", "names no socket"),
@@ -93,7 +97,7 @@ def test_a_wrong_url_is_refused_with_a_hint(url: str, named: str) -> None:
     assert caught.value.hint
 
 
-@given(st.sampled_from(["tcp", "unix", "nbd", "nbd+unix"]), st.text(max_size=40))
+@given(st.sampled_from(["tcp", "rdma", "unix", "nbd", "nbd+unix"]), st.text(max_size=40))
 def test_any_text_is_a_server_or_a_farmem_error(scheme: str, text: str) -> None:
     for url in (f"{scheme}:{text}", f"{scheme}://{text}"):
         try:
