@@ -57,7 +57,9 @@ def server(folder: Path) -> Iterator[Server]:
 
 
 def options(server: Server, folder: Path) -> tuple[str, ...]:
-    return ("--pool", f"tcp://127.0.0.1:{server.port}", "--tls-certificates", str(folder))
+    """One lease, which does not grow: so there is one agent."""
+    pool = f"tcp://127.0.0.1:{server.port}?size=256M"
+    return ("--pool", pool, "--tls-certificates", str(folder))
 
 
 def all_gone(folder: Path) -> None:
@@ -70,7 +72,7 @@ def ready(job: Job) -> None:
 
 
 def the_agent(folder: Path) -> int:
-    """There is one for a job."""
+    """There is one for a lease, and one lease."""
     [found] = until(lambda: agents(folder), "the agent")
     return int(found)
 
