@@ -40,16 +40,13 @@ from typing import NoReturn
 
 from farmem import _native
 from farmem.errors import FarmemError
+from farmem.restarts import Pauses, Talk
 from farmem.running import printable
 
 START_SECONDS = 5.0
 STOP_SECONDS = 1.0
-# The more often it has died of late, the longer it is waited before it is started again.
-AGAIN_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-_RECENTLY_SECONDS = 60.0
 _LINE_BYTES_MAX = 4096
 _LINES_WAITING_MAX = 64
-_LINES_PER_SECOND = 5
 _IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
 _READY, _REFUSED, _FAILED = "ready", "refused", "failed"
 _ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
@@ -89,8 +86,8 @@ class Agent:
         self._ended = False
         self._keeper: threading.Thread | None = None
         self._ending = threading.Lock()
-        self._recent: list[float] = []
-        self._talk = _Talk(_LINES_PER_SECOND)
+        self._pauses = Pauses()
+        self._talk = Talk()
 
     def start(self, deadline: float) -> None:
         """Start it, and wait until it serves."""
@@ -195,7 +192,7 @@ class Agent:
         say(f"warning: {self.name} has ended; it is started again")
         told = ""
         while not self._ended:
-            time.sleep(self._pause_seconds())
+            time.sleep(self._pauses.next_seconds())
             self._abandon()
             try:
                 self.start(time.monotonic() + START_SECONDS)
@@ -204,13 +201,6 @@ class Agent:
                 if str(error) != told:
                     told = str(error)
                     say(f"warning: {self.name} can't be started again: {told.splitlines()[0]}")
-
-    def _pause_seconds(self) -> float:
-        now = time.monotonic()
-        self._recent = [then for then in self._recent if now - then < _RECENTLY_SECONDS]
-        pause = AGAIN_SECONDS[min(len(self._recent), len(AGAIN_SECONDS) - 1)]
-        self._recent = [*self._recent[-len(AGAIN_SECONDS) :], now]
-        return pause
 
     def _spawn(self) -> None:
         """Start the process, twice removed, so that it is not the command's child."""
@@ -286,23 +276,6 @@ class Agent:
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             os.close(self._pidfd)
             self._pidfd = -1
-
-
-class _Talk:
-    """How much may be said: so many lines a second."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._second = 0
-        self._lines = 0
-
-    def may(self) -> bool:
-        """Whether one more may."""
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._lines = second, 0
-        self._lines += 1
-        return self._lines <= self._most
 
 
 def _error_of(line: str) -> FarmemError:

@@ -7,7 +7,6 @@ die, the kernel kills it.
 """
 
 import asyncio
-import collections
 import fcntl
 import os
 import re
@@ -23,6 +22,7 @@ from farmem.errors import FarmemError
 from farmem.pool.leases import Table
 from farmem.pool.memory import Memory
 from farmem.pool.tls import Tls, nbdkit_words
+from farmem.restarts import Pauses, Talk
 from farmem.running import printable
 
 lib = _native.lib
@@ -36,11 +36,8 @@ STOP_SECONDS = 2.0
 # It is started again as often as it dies, less and less eagerly: ending the server would lose what
 # is lent.  Only if it dies so often without having served at all, there is nothing to be hoped for.
 USELESS_STARTS_MAX = 5
-AGAIN_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-_RECENTLY_SECONDS = 60.0
 _LOOK_SECONDS = 0.01
 _LINE_CHARACTERS = 300
-_LINES_PER_SECOND = 5
 _READ_BYTES = 65536
 _FIRST_FD = 3
 _FD_ROOM = 256  # above all descriptors that a child is given
@@ -73,8 +70,7 @@ class Log:
         os.set_blocking(fd, False)
         self._fd = fd
         self._rest = b""
-        self._second = 0
-        self._lines = 0
+        self._talk = Talk()
         self.last = ""
 
     def read(self) -> None:
@@ -91,11 +87,7 @@ class Log:
     def _say(self, line: str) -> None:
         text = _TOKEN.sub("...", line.removeprefix("nbdkit: "))[:_LINE_CHARACTERS]
         self.last = printable(text)
-        second = int(time.monotonic())
-        if second != self._second:
-            self._second, self._lines = second, 0
-        self._lines += 1
-        if self._lines <= _LINES_PER_SECOND:
+        if self._talk.may():
             print(f"farmem: nbdkit: {self.last}", file=sys.stderr, flush=True)
 
 
@@ -122,7 +114,7 @@ class Door:
         self._pidfd = -1
         self._is_stopping = False
         self._has_served = False
-        self._deaths: collections.deque[float] = collections.deque(maxlen=len(AGAIN_SECONDS) - 1)
+        self._pauses = Pauses()
         self._useless_starts = 0
         read, self._log_fd = os.pipe()
         self._log = Log(read)
@@ -194,14 +186,7 @@ class Door:
             file=sys.stderr,
             flush=True,
         )
-        loop.call_later(self._pause_seconds(), self._spawn_again)
-
-    def _pause_seconds(self) -> float:
-        """How long to wait before it is started again: the more often it died, the longer."""
-        now = time.monotonic()
-        recent = sum(now - death < _RECENTLY_SECONDS for death in self._deaths)
-        self._deaths.append(now)
-        return AGAIN_SECONDS[recent]
+        loop.call_later(self._pauses.next_seconds(), self._spawn_again)
 
     def _spawn_again(self) -> None:
         if not self._is_stopping:

@@ -18,6 +18,7 @@ from farmem.pool.memory import Memory
 from farmem.pool.metrics import text_of
 from farmem.pool.sockets import Sockets, is_activated, parse_listen
 from farmem.pool.tls import name_in
+from farmem.restarts import LINES_PER_SECOND
 
 
 def test_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +41,7 @@ def test_the_log_of_nbdkit(capsys: pytest.CaptureFixture[str]) -> None:
     log.read()
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == ["farmem: nbdkit: a client asked for ...", "farmem: nbdkit: ?[2Jbad"]
-    assert len(lines) <= 2 * nbdkit._LINES_PER_SECOND
+    assert len(lines) <= 2 * LINES_PER_SECOND
     assert log.last == "again"
     os.close(read)
     os.close(write)
