@@ -204,7 +204,8 @@ class Lease:
 
     def _work(self, say: Callable[[str], None], lost: Callable[[], None]) -> None:
         often = self._ttl_seconds / _RENEWALS
-        wait, told, renewed = often, False, time.monotonic()
+        # Its time has run since it was granted: a job may have been long in starting.
+        wait, told, renewed = 0.0, False, time.monotonic()
         name = self._control.server.name
         while not self._ended.wait(wait):
             reason = self._renew()
@@ -215,7 +216,7 @@ class Lease:
             if not reason:
                 if told:
                     say(f"the lease on {name} was renewed again")
-                wait, told, renewed = self._ttl_seconds / _RENEWALS, False, time.monotonic()
+                wait, told, renewed = often, False, time.monotonic()
                 continue
             if not told and time.monotonic() - renewed >= 2 * often:
                 told = True

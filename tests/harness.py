@@ -203,15 +203,15 @@ class Job:
         raise AssertionError(f"{os.fspath(path)} does not run")
 
     def supervisor(self, timeout: float = 10) -> int:
-        """The job's supervisor: it was forked before the exec, so it kept the command line;
-        its session is its own."""
+        """The job's supervisor: it was forked before the exec, so it kept the command line; its
+        session is that of the process which forked it, and which ends at once."""
         marker = str(self.stats_path).encode()
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             for pid in self.job_processes():
                 with contextlib.suppress(OSError):
                     words = Path(f"/proc/{pid}/cmdline").read_bytes()
-                    if os.getsid(pid) != self.process.pid and marker in words:
+                    if os.getsid(pid) not in (self.process.pid, pid) and marker in words:
                         return pid
             time.sleep(0.02)
         raise AssertionError("no supervisor found")

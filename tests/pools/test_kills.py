@@ -82,7 +82,7 @@ class Lane:
 
 def test_random_kills_of_clients_leak_no_lease() -> None:
     compile_c("verify")
-    with serving("--ttl", "2s", capacity=str(CAPACITY)) as server:
+    with serving("--ttl", "4s", capacity=str(CAPACITY)) as server:
         lanes = [Lane(server, seed, KILLS // LANES) for seed in range(LANES)]
         threads = [threading.Thread(target=lane.run) for lane in lanes]
         for thread in threads:
