@@ -77,12 +77,12 @@ class Budget:
     stderr; with `quiet=False` a summary at the end as well.  `no_pinned_io=True` vouches that
     nobody pins a region's memory (O_DIRECT, io_uring, RDMA), which kernels before 6.8 need to be
     told.  A pool on another host needs `tls_certificates="FOLDER"`, or `tls="off"`, as for
-    `farmem run`.
+    `farmem run`; for `rdma:` pools `rdma_device` and `rdma_gid_index` are its options as well.
 
     In a program that was started by `farmem run` the budget is the job's: `Budget.current()`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of `farmem run`, each by its name
         self,
         local: int | str,
         *,
@@ -92,6 +92,8 @@ class Budget:
         no_pinned_io: bool = False,
         tls: str = "",
         tls_certificates: str = "",
+        rdma_device: str = "",
+        rdma_gid_index: int | None = None,
     ) -> None:
         from farmem.regionjob import start_job
 
@@ -105,6 +107,8 @@ class Budget:
             "no_pinned_io": no_pinned_io,
             "tls": tls,
             "tls_certificates": tls_certificates,
+            "rdma_device": rdma_device,
+            "rdma_gid_index": rdma_gid_index,
         }
         with _lock:
             there = _inherited()

@@ -80,6 +80,16 @@ def _request(wanted: dict[str, Any]) -> Any:
         defects=defects,
         evict_mode=evict_mode,
         tls=parse_tls(wanted["tls"], wanted["tls_certificates"]),
+        rdma_device=wanted["rdma_device"],
+        rdma_gid_index=_gid_index_of(wanted["rdma_gid_index"]),
+    )
+
+
+def _gid_index_of(given: object) -> int | None:
+    if given is None or (type(given) is int and 0 <= given <= 255):
+        return given
+    raise FarmemError(
+        f"rdma_gid_index is {given!r}, not a number from 0 to 255", "leave it out: one is chosen"
     )
 
 

@@ -387,3 +387,34 @@ def test_a_slow_answer_of_the_server_holds_no_program_up(
         time.sleep(0.5)
         goes_on.set()
         assert_ok(job.finish(LIMIT_S))
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("rdma_device='mlx5_0'", ["no RDMA device mlx5_0"]),
+        ("rdma_gid_index=77", ["no usable GID of index 77"]),
+        ("rdma_gid_index=-1", ["rdma_gid_index is -1", "from 0 to 255"]),
+        ("rdma_gid_index='3'", ["rdma_gid_index is '3'", "from 0 to 255"]),
+        ("rdma_device='fake0', rdma_gid_index=3", ["right"]),
+    ],
+)
+def test_a_budget_names_device_and_gid(named: str, words: list[str], server: FakeRdmaServe) -> None:
+    """As the options of `farmem run` do."""
+    program = (
+        "import sys, farmem\n"
+        "try:\n"
+        f"    farmem.Budget('16M', pool=sys.argv[1], {named})\n"
+        "    print('right')\n"
+        "except farmem.FarmemError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, server.options[1]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in words), (done.stdout, done.stderr)
