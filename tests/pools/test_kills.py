@@ -24,6 +24,7 @@ LANES = 3
 # A job whose supervisor was killed too keeps its lease until its time is over: room for many.
 CAPACITY = 4096 * MIB
 LIMIT_S = 60
+UNBORN = b"the supervisor could not be started"
 # Which of them, and how the program may end then.
 VICTIMS = {
     "program": {-signal.SIGKILL},
@@ -65,7 +66,10 @@ class Lane:
             time.sleep(self.random.random() * 0.8)
             self.kill(victim, job, supervisor)
             result = job.finish(LIMIT_S, wait_stats_s=0)
-        if result.returncode not in VICTIMS[victim] or b"WRONG" in result.stdout:
+        # Before it serves, the program has not begun.
+        was_early = victim in ("supervisor", "both") and UNBORN in result.stderr
+        ends = {125} if was_early else VICTIMS[victim]
+        if result.returncode not in ends or b"WRONG" in result.stdout:
             self.wrong.append((victim, result.describe()))
 
     def kill(self, victim: str, job: Job, supervisor: int) -> None:
