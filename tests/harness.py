@@ -216,6 +216,19 @@ class Job:
             time.sleep(0.02)
         raise AssertionError("no supervisor found")
 
+    def await_out(self, text: str, seconds: float = 90) -> None:
+        """Waits until the program has printed the text; if it does not, the test has failed."""
+        self._await(self.out, text, seconds)
+
+    def await_err(self, text: str, seconds: float = 90) -> None:
+        """The same of what farmem or the program says on stderr."""
+        self._await(self.err, text, seconds)
+
+    def _await(self, reader: _Reader | None, text: str, seconds: float) -> None:
+        assert reader is not None
+        if not reader.wait_for(text.encode(), seconds):
+            raise AssertionError(f"{text!r} was not said: {self.finish(0.1).describe()}")
+
     def job_name(self, pid: int) -> str:
         """The name of the job's socket, from the environment of one of its programs."""
         for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):

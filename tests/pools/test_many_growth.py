@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Job, assert_ok, assert_paged, compile_c, run_farmem, start_farmem
+from tests.harness import assert_ok, assert_paged, compile_c, run_farmem, start_farmem
 from tests.pools.nbd_servers import MIB
 from tests.pools.serving import Server, serving, until
 
@@ -35,11 +35,6 @@ def leases(server: Server) -> int:
     return int(server.about()["leases"])
 
 
-def await_line(job: Job, text: str) -> None:
-    assert job.out is not None
-    assert job.out.wait_for(text.encode(), LIMIT_S), (text, job.finish(0.1).describe())
-
-
 def test_a_job_leases_more_as_it_grows() -> None:
     with serving(capacity="512M") as server:
         result = run_farmem(
@@ -62,7 +57,7 @@ def test_a_job_begins_with_little() -> None:
         for local, lent in (("32M", 64), ("128M", 128)):
             options = options_of(url_of(server))
             with start_farmem([*SLEEPER], local=local, options=options) as job:
-                await_line(job, "up")
+                job.await_out("up")
                 assert lent_bytes(server) == lent * MIB
                 job.process.kill()
                 job.finish(LIMIT_S)
@@ -75,7 +70,7 @@ def test_a_size_is_leased_at_once() -> None:
         serving(capacity="512M") as server,
         start_farmem([*SLEEPER], local="32M", options=options_of(url_of(server) + url)) as job,
     ):
-        await_line(job, "up")
+        job.await_out("up")
         assert lent_bytes(server) == 300 * MIB and leases(server) == 1
 
 
@@ -89,16 +84,16 @@ def test_what_is_not_needed_any_more_is_given_back(tmp_path: Path) -> None:
             options=options_of(url_of(server)),
         ) as job,
     ):
-        await_line(job, "away")
+        job.await_out("away")
         most = lent_bytes(server)
         assert most > 96 * MIB
         (tmp_path / "away").touch()
-        await_line(job, "discarded")
+        job.await_out("discarded")
         (tmp_path / "discarded").touch()
-        await_line(job, "unmapped")
+        job.await_out("unmapped")
         until(lambda: lent_bytes(server) < most, "a lease that is given back", LIMIT_S)
         for step in ("unmapped", "child", "killed"):
-            await_line(job, step)
+            job.await_out(step)
             (tmp_path / step).touch()
         result = job.finish(LIMIT_S)
         until(lambda: leases(server) == 0, "the leases were not given back")
@@ -129,7 +124,7 @@ def test_it_grows_on_when_a_server_has_died(tmp_path: Path) -> None:
             local="32M",
             options=(*urls, "--pool-timeout", "1s"),
         ) as job:
-            await_line(job, "ready")
+            job.await_out("ready")
             before = second.log.count("MiB to")
             first.process.kill()
             first.process.wait(LIMIT_S)
@@ -190,7 +185,7 @@ def test_a_server_that_is_registered_later_is_used(tmp_path: Path) -> None:
             local="32M",
             options=("--pool", registry),
         ) as job:
-            await_line(job, "ready")
+            job.await_out("ready")
             with serving(*register(registry), capacity="256M") as other:
                 until(lambda: leases(other) >= 1, "a lease of the new server", LIMIT_S)
                 (tmp_path / "go").touch()

@@ -129,9 +129,8 @@ def test_space_is_given_back_to_each(tmp_path: Path) -> None:
             local="32M",
             options=options_of(*(server.url for server in servers)),
         ) as job:
-            assert job.out is not None
             for step in ("away", "discarded", "unmapped"):
-                assert job.out.wait_for(step.encode(), LIMIT_S), (step, job.finish(0.1).describe())
+                job.await_out(step)
                 for server in servers:
                     if step == "away":
                         until(lambda server=server: stored_bytes(server) >= 24 * MIB, step)
@@ -139,7 +138,7 @@ def test_space_is_given_back_to_each(tmp_path: Path) -> None:
                         until(lambda server=server: stored_bytes(server) <= 8 * MIB, step)
                 (tmp_path / step).touch()
             for step in ("child", "killed"):
-                assert job.out.wait_for(step.encode(), LIMIT_S), (step, job.finish(0.1).describe())
+                job.await_out(step)
                 (tmp_path / step).touch()
             assert_ok(job.finish(LIMIT_S))
 
@@ -182,8 +181,7 @@ def test_the_others_take_what_comes_then(dies: int, tmp_path: Path) -> None:
             local="32M",
             options=(*options_of(first.url, second.url), *SOON),
         ) as job:
-            assert job.out is not None and job.err is not None
-            assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
+            job.await_out("ready")
             servers[dies].kill()
             (tmp_path / "go").touch()
             result = job.finish(LIMIT_S)
@@ -205,10 +203,9 @@ def test_one_that_is_started_anew(tmp_path: Path) -> None:
             options=(*options_of(serve.options[1], other.url), *SOON),
         ) as job,
     ):
-        assert job.out is not None and job.err is not None
-        assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
+        job.await_out("ready")
         serve.epoch = "feedface00000002"
-        assert job.err.wait_for(b"has ended our lease", LIMIT_S), job.finish(0.1).describe()
+        job.await_err("has ended our lease")
         (tmp_path / "go").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -275,12 +272,11 @@ def test_one_that_stands_still_is_waited_for(tmp_path: Path) -> None:
             options=options_of(first.url, second.url),
         ) as job,
     ):
-        assert job.out is not None and job.err is not None
-        assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
+        job.await_out("ready")
         second.signal(signal.SIGSTOP)
-        assert job.err.wait_for(b"does not answer", LIMIT_S)
+        job.await_err("does not answer")
         second.signal(signal.SIGCONT)
-        assert job.err.wait_for(b"answers again", LIMIT_S)
+        job.await_err("answers again")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)

@@ -12,23 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Job, Result, assert_ok, assert_paged, compile_c, run_farmem, start_farmem
+from tests.harness import Result, assert_ok, assert_paged, compile_c, run_farmem, start_farmem
 from tests.pools.fake_nbd import WRONGS, fake_nbd
 from tests.pools.nbd_servers import nbd_server
 
 pytestmark = [pytest.mark.pools, pytest.mark.safety, pytest.mark.uffd]
 LIMIT_S = 90
 SOON = ("--pool-timeout", "2s")
-
-
-def start_endless(job: Job) -> None:
-    assert job.out is not None
-    assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
-
-
-def said(job: Job, text: str) -> None:
-    assert job.err is not None
-    assert job.err.wait_for(text.encode(), LIMIT_S), (text, job.finish(0.1).describe())
 
 
 def assert_lost(result: Result, name: str) -> None:
@@ -50,7 +40,7 @@ def test_a_server_that_is_killed_is_sigbus(tmp_path: Path) -> None:
             options=(*server.options, *SOON),
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.kill()
         result = job.finish(LIMIT_S)
         assert_lost(result, f"127.0.0.1:{server.port}")
@@ -70,7 +60,7 @@ def test_who_touches_nothing_lives_on(tmp_path: Path) -> None:
             options=(*server.options, "--pool-timeout", "300ms"),
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.kill()
         time.sleep(1)
         (tmp_path / "stop").touch()
@@ -109,11 +99,11 @@ def test_a_server_that_stands_still_is_waited_for(kind: str, tmp_path: Path) -> 
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.signal(signal.SIGSTOP)
-        said(job, "does not answer")
+        job.await_err("does not answer")
         server.signal(signal.SIGCONT)
-        said(job, "answers again")
+        job.await_err("answers again")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -130,7 +120,7 @@ def test_a_server_that_comes_back_with_what_it_had(tmp_path: Path) -> None:
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         for _ in range(3):
             server.kill()
             server.start()
@@ -150,7 +140,7 @@ def test_a_server_that_comes_back_with_nothing(tmp_path: Path) -> None:
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.kill()
         server.start()
         result = job.finish(LIMIT_S)
@@ -165,7 +155,7 @@ def test_an_export_that_is_gone_is_lost_at_once(tmp_path: Path) -> None:
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.refusal = 0x80000006
         server.cut()
         result = job.finish(LIMIT_S)
@@ -216,7 +206,7 @@ def test_a_server_that_only_breaks_the_protocol(tmp_path: Path) -> None:
             options=(*server.options, *SOON),
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.wrong, server.every = "rubbish", 1
         result = job.finish(LIMIT_S)
     assert_lost(result, "has not answered for too long")
@@ -241,7 +231,7 @@ def test_bytes_that_stay_changed_are_lost_and_never_seen(tmp_path: Path) -> None
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         server.wrong, server.every = "corrupt", 1
         result = job.finish(LIMIT_S)
     assert result.returncode == -signal.SIGBUS, result.describe()
@@ -271,9 +261,9 @@ def test_a_server_that_refuses_to_store(tmp_path: Path) -> None:
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         (server.folder / "full").touch()
-        said(job, "could not store pages")
+        job.await_err("could not store pages")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)

@@ -98,9 +98,8 @@ def test_space_is_given_back(tmp_path: Path) -> None:
         with start_farmem(
             [compile_c("gives_back"), str(tmp_path)], local="32M", options=server.options
         ) as job:
-            assert job.out is not None
             for step in ("away", "discarded", "unmapped"):
-                assert job.out.wait_for(step.encode(), LIMIT_S), (step, job.finish(0.1).describe())
+                job.await_out(step)
                 if step == "away":
                     until(lambda: used_bytes() >= 64 * MIB, step)
                 else:
@@ -108,7 +107,7 @@ def test_space_is_given_back(tmp_path: Path) -> None:
                     until(lambda most=most: used_bytes() <= most, step)
                 (tmp_path / step).touch()
             for step in ("child", "killed"):
-                assert job.out.wait_for(step.encode(), LIMIT_S), (step, job.finish(0.1).describe())
+                job.await_out(step)
                 (tmp_path / step).touch()
             assert_ok(job.finish(LIMIT_S))
 

@@ -127,7 +127,7 @@ def test_a_lease_is_got_kept_and_given_back(over: str, tmp_path: Path) -> None:
         with start_farmem(
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job:
-            assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+            job.await_out("ready")
             assert len(server.leases) == 1
             until(lambda: server.renewals >= 3, "renewals")
             (tmp_path / "stop").touch()
@@ -168,7 +168,7 @@ def test_the_token_is_no_argument_and_in_no_environment(tmp_path: Path) -> None:
             [compile_c("bystander"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         for pid in (job.process.pid, job.supervisor()):
             for name in ("cmdline", "environ"):
                 assert TOKEN.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
@@ -237,9 +237,9 @@ def test_a_lease_that_is_lost_is_said(how: str, tmp_path: Path) -> None:
             [compile_c("bystander"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         lose(server, how)
-        assert job.err is not None and job.err.wait_for(b"pages that are there are lost", LIMIT_S)
+        job.await_err("pages that are there are lost")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -257,7 +257,7 @@ def test_a_lost_lease_is_sigbus_and_not_a_wait(tmp_path: Path) -> None:
             options=(*server.options, "--pool-timeout", "600s"),
         ) as job,
     ):
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         data.kill()
         lose(server, "anew")
         result = job.finish(LIMIT_S)
@@ -274,11 +274,11 @@ def test_a_server_that_does_not_renew_for_a_while(tmp_path: Path) -> None:
             [compile_c("bystander"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         server.refuses = {"POST": (503, {"error": "busy", "hint": ""})}
-        assert job.err is not None and job.err.wait_for(b"can't be renewed: busy", LIMIT_S)
+        job.await_err("can't be renewed: busy")
         server.refuses = {}
-        assert job.err.wait_for(b"was renewed again", LIMIT_S)
+        job.await_err("was renewed again")
         (tmp_path / "stop").touch()
         assert_ok(job.finish(LIMIT_S))
 
@@ -292,7 +292,7 @@ def test_a_job_that_is_killed_gives_its_lease_back(tmp_path: Path) -> None:
             [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=server.options
         ) as job,
     ):
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         os.kill(job.process.pid, signal.SIGKILL)
         assert job.finish(LIMIT_S).returncode == -signal.SIGKILL
         until(lambda: not server.leases, "the lease was not given back")

@@ -108,14 +108,13 @@ def test_a_wire_that_is_cut_for_a_while(
             wrapper=within(network.borrower),
         ) as job,
     ):
-        assert job.out is not None and job.err is not None
-        assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
+        job.await_out("ready")
         ip("-n", network.lender, "link", "set", "wire", "down")
         try:
-            assert job.err.wait_for(b"does not answer", LIMIT_S)
+            job.await_err("does not answer")
         finally:
             ip("-n", network.lender, "link", "set", "wire", "up")
-        assert job.err.wait_for(b"answers again", LIMIT_S)
+        job.await_err("answers again")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -136,7 +135,7 @@ def test_a_wire_that_stays_cut(network: Network, folder: Path, tmp_path: Path) -
             options=soon,
             wrapper=within(network.borrower),
         ) as job:
-            assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+            job.await_out("ready")
             ip("-n", network.lender, "link", "set", "wire", "down")
             try:
                 result = job.finish(LIMIT_S)

@@ -20,7 +20,6 @@ import pytest
 
 from tests.harness import (
     ROOT,
-    Job,
     as_user,
     assert_ok,
     assert_paged,
@@ -64,11 +63,6 @@ def options(server: Server, folder: Path) -> tuple[str, ...]:
 
 def all_gone(folder: Path) -> None:
     until(lambda: not agents(folder), "the agent's end")
-
-
-def ready(job: Job) -> None:
-    assert job.out is not None
-    assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
 
 
 def the_agent(folder: Path) -> int:
@@ -128,7 +122,7 @@ def test_on_takes_what_is_offered(kind: str, offers: str, folder: Path, tmp_path
             local="32M",
             options=("--pool", url, *tls_words(folder, "on")),
         ) as job:
-            ready(job)
+            job.await_out("ready")
             is_used = bool(agents(folder))
             (tmp_path / "stop").touch()
             assert_ok(job.finish(LIMIT_S))
@@ -222,12 +216,12 @@ def test_a_server_that_stands_still_or_dies_and_comes_back(folder: Path, tmp_pat
             options=options(server, folder),
         ) as job,
     ):
-        ready(job)
+        job.await_out("ready")
         before = server.nbdkit()
         os.kill(before, signal.SIGSTOP)
-        assert job.err is not None and job.err.wait_for(b"does not answer", LIMIT_S)
+        job.await_err("does not answer")
         os.kill(before, signal.SIGCONT)
-        assert job.err.wait_for(b"answers again", LIMIT_S)
+        job.await_err("answers again")
         os.kill(before, signal.SIGKILL)
         until(lambda: server.nbdkit() != before, "another nbdkit")
         until(lambda: is_connected(the_agent(folder)), "a connection to it")
@@ -250,7 +244,7 @@ def test_an_agent_that_is_killed_is_started_again(
         local="32M",
         options=options(server, folder),
     ) as job:
-        ready(job)
+        job.await_out("ready")
         for _ in range(5):
             before = the_agent(folder)
             os.kill(before, signal.SIGKILL)
@@ -273,12 +267,12 @@ def test_an_agent_that_stands_still_is_waited_for(
         local="32M",
         options=options(server, folder),
     ) as job:
-        ready(job)
+        job.await_out("ready")
         pid = the_agent(folder)
         os.kill(pid, signal.SIGSTOP)
-        assert job.err is not None and job.err.wait_for(b"does not answer", LIMIT_S)
+        job.await_err("does not answer")
         os.kill(pid, signal.SIGCONT)
-        assert job.err.wait_for(b"answers again", LIMIT_S)
+        job.await_err("answers again")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -292,10 +286,9 @@ def test_a_job_without_its_supervisor_goes_on(server: Server, folder: Path, tmp_
         local="32M",
         options=options(server, folder),
     ) as job:
-        ready(job)
+        job.await_out("ready")
         pid = the_agent(folder)
         os.kill(job.supervisor(), signal.SIGKILL)
-        assert job.out is not None
         until(lambda: the_agent(folder) == pid, "the same agent")
         (tmp_path / "stop").touch()
         assert_ok(job.finish(LIMIT_S, wait_stats_s=0))
@@ -310,7 +303,7 @@ def test_nothing_is_left_when_all_others_are_killed(
         local="32M",
         options=options(server, folder),
     ) as job:
-        ready(job)
+        job.await_out("ready")
         the_agent(folder)
         os.kill(job.supervisor(), signal.SIGKILL)
         os.kill(job.process.pid, signal.SIGKILL)
@@ -328,7 +321,7 @@ def test_the_agent_has_nothing_of_the_callers(server: Server, folder: Path, tmp_
         env={"SECRET_OF_THE_CALLER": "1"},
         pass_fds=[write],
     ) as job:
-        ready(job)
+        job.await_out("ready")
         place = Path(f"/proc/{the_agent(folder)}")
         held = {os.readlink(fd) for fd in (place / "fd").iterdir()}
         kinds = {name.partition(":")[0] for name in held}
@@ -358,7 +351,7 @@ def test_the_agent_serves_its_user_alone(server: Server, folder: Path, tmp_path:
         local="32M",
         options=options(server, folder),
     ) as job:
-        ready(job)
+        job.await_out("ready")
         [name] = set(re.findall(r"@(farmem-tls-\S+)", Path("/proc/net/unix").read_text()))
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(f"\0{name}")

@@ -66,8 +66,7 @@ def endless(server: Server, folder: Path, *options: str, way: str = TCP) -> Iter
         local="32M",
         options=(*options_of(server, way, "256M"), *options),
     ) as job:
-        assert job.out is not None
-        assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
+        job.await_out("ready")
         yield job
 
 
@@ -206,7 +205,7 @@ def test_a_server_that_stands_still(seconds: int, tmp_path: Path) -> None:
         time.sleep(seconds)
         for pid in reversed(stopped):
             os.kill(pid, signal.SIGCONT)
-        assert job.err is not None and job.err.wait_for(b"answers again", LIMIT_S)
+        job.await_err("answers again")
         result = stop(job, tmp_path)
         assert b"does not answer" in result.stderr
         assert result.stats is not None and result.stats["pool_silent_ns"] > 1_000_000_000

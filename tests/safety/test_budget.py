@@ -62,8 +62,7 @@ def test_what_one_call_populates_is_drained() -> None:
 @pytest.mark.parametrize("how", ["mlock", "pin"])
 def test_what_cannot_leave_is_told_by_name(how: str) -> None:
     with brought(how, 64) as job:
-        assert job.err is not None
-        assert job.err.wait_for(b"that can't leave", LIMIT_SECONDS), job.err.take(0)
+        job.await_err("that can't leave")
         result = finish(job)
     assert_ok(result)
     text = result.stderr.decode()

@@ -56,7 +56,7 @@ def test_end_with_faults_blocked(how: str) -> None:
 def test_sigkill_with_faults_blocked() -> None:
     program = compile_c("blocked_end")
     with start_farmem([program, "wait"], local=LOCAL, filters=["delay:rtt=50ms"]) as job:
-        assert job.out is not None and job.out.wait_for(b"ready", 60)
+        job.await_out("ready", 60)
         os.kill(job.process.pid, signal.SIGKILL)
         assert job.process.wait(20) == -signal.SIGKILL
         assert job.gone(20), "processes of the job were left behind"
@@ -80,7 +80,7 @@ def assert_nothing_left(job: Job, name: str) -> None:
 
 def start_endless(job: Job, program: Path) -> tuple[int, str]:
     """Waits until the program is paging; its process id and its job's name."""
-    assert job.out is not None and job.out.wait_for(b"ready", 60), job.finish(0.1).describe()
+    job.await_out("ready", 60)
     pid = job.program(program)
     return pid, job.job_name(pid)
 
@@ -138,7 +138,7 @@ def test_kill_the_parent(tmp_path: Path) -> None:
         job.process.wait(20)
         time.sleep(0.5)
         (tmp_path / "stop").touch()
-        assert job.out is not None and job.out.wait_for(b"ok\n", 60)
+        job.await_out("ok\n", 60)
         result = job.finish(20)
         assert b"wrong byte" not in result.stderr, result.describe()
         assert_paged(result.stats, 1000, 1000)
@@ -181,7 +181,7 @@ def test_a_supervisor_that_stands_still_holds_nobody_up(tmp_path: Path) -> None:
         os.kill(supervisor, signal.SIGSTOP)
         try:
             go.touch()
-            assert job.out is not None and job.out.wait_for(b"ok", 30), "it was held up"
+            job.await_out("ok", 30)
             assert job.process.wait(60) == 0
         finally:
             os.kill(supervisor, signal.SIGCONT)

@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 
 from tests.harness import (
-    Job,
     Result,
     assert_ok,
     assert_paged,
@@ -177,10 +176,6 @@ def test_a_pool_that_takes_nothing_slows_nobody_down(backend: str, folder: Path)
 # ---- somebody cuts the file short
 
 
-def start_endless(job: Job) -> None:
-    assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("left_bytes", [0, 8 * MIB])
 def test_a_file_that_is_cut_short(way: str, left_bytes: int, folder: Path) -> None:
@@ -192,7 +187,7 @@ def test_a_file_that_is_cut_short(way: str, left_bytes: int, folder: Path) -> No
         env=by_way(way),
         options=pool(path, "1G"),
     ) as job:
-        start_endless(job)
+        job.await_out("ready")
         os.truncate(path, left_bytes)
         result = job.finish(LIMIT_S)
     assert result.returncode == -signal.SIGBUS, result.describe()
@@ -277,7 +272,7 @@ def test_a_device_that_fails(way: str, folder: Path) -> None:
             options=pool(place),
         ) as job,
     ):
-        start_endless(job)
+        job.await_out("ready")
         os.truncate(folder / "image", 4 * MIB)
         result = job.finish(LIMIT_S)
     assert result.returncode == -signal.SIGBUS, result.describe()
@@ -322,9 +317,8 @@ def test_space_is_given_back(way: str, folder: Path) -> None:
         env=by_way(way),
         options=pool(path, "1G"),
     ) as job:
-        assert job.out is not None
         for step in ("away", "discarded", "unmapped", "child", "killed"):
-            assert job.out.wait_for(step.encode(), LIMIT_S), (step, job.finish(0.1).describe())
+            job.await_out(step)
             if step in ("away", "child"):
                 wait_until(lambda: used_bytes(path) >= 64 * MIB, step)
             else:
@@ -343,7 +337,7 @@ def test_a_named_file_goes_with_the_job(end: str, folder: Path) -> None:
     with start_farmem(
         [compile_c("endless"), str(folder / "stop")], local="32M", options=pool(path)
     ) as job:
-        start_endless(job)
+        job.await_out("ready")
         assert path.exists()
         if end == "stop":
             (folder / "stop").touch()
@@ -371,7 +365,7 @@ def test_what_a_killed_supervisor_leaves_is_never_overwritten(folder: Path) -> N
     with start_farmem(
         [compile_c("endless"), str(folder / "stop")], local="32M", options=pool(path)
     ) as job:
-        start_endless(job)
+        job.await_out("ready")
         in_use = run_farmem(["true"], local="32M", options=pool(path), check=False)
         assert in_use.returncode == 125 and b"in use by another job" in in_use.stderr
         os.kill(job.supervisor(), signal.SIGKILL)

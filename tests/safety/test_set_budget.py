@@ -80,7 +80,7 @@ def test_local_memory_follows_a_budget_up_and_down(tmp_path: Path) -> None:
     """Four times, under a program that uses all its memory and checks every word it meets."""
     program = compile_c("endless")
     with start_farmem([program, str(tmp_path / "stop")], local="32M") as job:
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_SECONDS)
+        job.await_out("ready")
         pid = job.program(program)
         for up, down in ((80, 24), (104, 48), (72, 16), (88, 32)):
             before = anonymous_bytes(pid)
@@ -98,10 +98,10 @@ def test_local_memory_follows_a_budget_up_and_down(tmp_path: Path) -> None:
 
 def say(job: Job, rights: int) -> None:
     """Have the program check every word; this is so many times now."""
-    assert job.process.stdin is not None and job.out is not None
+    assert job.process.stdin is not None
     job.process.stdin.write(b"check\n")
     job.process.stdin.flush()
-    assert job.out.wait_for(b"right\n" * rights, LIMIT_SECONDS)
+    job.await_out("right\n" * rights)
 
 
 @pytest.mark.parametrize("evict", [None, "copy"])
@@ -110,7 +110,7 @@ def test_a_lowered_budget_takes_memory_over_that_nobody_touches(evict: str | Non
     not even looked at by the program.  Raised again, what is touched comes back and stays."""
     program = compile_c("idle")
     with start_farmem([program, "96"], local="256M", evict=evict, stdin=subprocess.PIPE) as job:
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_SECONDS)
+        job.await_out("ready")
         pid = job.program(program)
         assert [member["state"] for member in status_of(pid)["members"]] == ["watched"]
         assert anonymous_bytes(pid) > 96 * MIB
@@ -139,8 +139,7 @@ def test_a_lowered_budget_holds_for_all_processes_of_a_job_together() -> None:
     script = 'exec 3<&0; "$0" 64 <&3 & "$0" 64 <&3 & exec <&- 3<&-; wait'
     shell = ["/bin/sh", "-c", script, str(program)]
     with start_farmem(shell, local="256M", stdin=subprocess.PIPE) as job:
-        assert job.out is not None
-        assert job.out.wait_for(b"ready\nready\n", LIMIT_SECONDS)
+        job.await_out("ready\nready\n")
         members = status_of(job.process.pid)["members"]
         pids = [member["pid"] for member in members]
         assert len(pids) == 3
