@@ -193,22 +193,22 @@ class _Connection:
         self._listener = listener
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
         self._is_tls = writer.get_extra_info("sslcontext") is not None
+        self._method = ""  # of the request that is looked at, once that is known
         self._address, self._user, self._is_root = _peer_of(writer, listener)
 
     async def serve(self, handler: Handler) -> None:
         """Until the peer has gone, or has done something that can't be gone on from."""
         while True:
-            method = ""
+            self._method = ""
             try:
                 request = await self._request()
-                method = request.method
                 answer = handler(request)
                 response = answer if isinstance(answer, Response) else await answer
             except Refused as refusal:
                 response = as_error(refusal.status, refusal.what, refusal.hint)
             except h11.RemoteProtocolError as error:
                 response = as_error(error.error_status_hint, f"this is no HTTP request: {error}")
-            await self._send(response, method)
+            await self._send(response)
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                 return
             self._http.start_next_cycle()
@@ -228,6 +228,7 @@ class _Connection:
             head = await self._event()
         if not isinstance(head, h11.Request):
             raise _Gone
+        self._method = head.method.decode("latin-1")
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in head.headers}
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
@@ -235,7 +236,7 @@ class _Connection:
         except TimeoutError as error:
             raise Refused(408, "the request took too long to arrive") from error
         return Request(
-            head.method.decode("latin-1"),
+            self._method,
             head.target.decode("latin-1").partition("?")[0],
             headers,
             body,
@@ -258,7 +259,7 @@ class _Connection:
             if len(body) > BODY_BYTES_MAX:
                 raise Refused(413, f"the body is longer than {BODY_BYTES_MAX} bytes")
 
-    async def _send(self, response: Response, method: str) -> None:
+    async def _send(self, response: Response) -> None:
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return
         headers = [
@@ -269,7 +270,7 @@ class _Connection:
         ]
         if response.status != 204:
             headers.append(("Content-Length", str(len(response.body))))
-        body = b"" if method == "HEAD" else response.body
+        body = b"" if self._method == "HEAD" else response.body
         head = h11.Response(status_code=response.status, headers=headers)
         data = self._http.send(head) or b""
         data += self._http.send(h11.Data(data=body)) or b"" if body else b""
