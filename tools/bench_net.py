@@ -1,10 +1,12 @@
 """`make bench-net`: a page from a server on this host, beside the least that TCP can do.
 
-Two questions, each answered by runs in turn, so that a slow moment falls on all alike:
+Three questions, each answered by runs in turn, so that a slow moment falls on all alike:
 
-1. one page: random reads of memory most of which is in the pool (`net touch random`), time per page
-   fetched, against a bare TCP ping-pong of the same bytes (`net ping`);
-2. windows: a sequential read, bytes fetched per second, against a bare TCP stream (`net stream`).
+1. one fetch: random reads of memory most of which is in the pool (`net touch random`); how long the
+   engine waited for each page, from asking to having it (the filter `stats`), against a bare TCP
+   ping-pong of the same bytes (`net ping`);
+2. one fault: the same run as the program sees it, time per page that was fetched;
+3. windows: a sequential read, bytes fetched per second, against a bare TCP stream (`net stream`).
 
 The pool is a `farmem serve` of its own, over TCP and over a Unix socket; `mem:` stands beside them,
 so that what the wire costs can be told from what a fault costs.  Nothing is left behind.
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bench_machine import NoiseMeter, describe
 from bench_report import Summary, markdown_table, ratio, summarise, with_spread
@@ -37,6 +40,7 @@ PAGE_BYTES = 4096
 PINGS = 20_000
 START_S = 20.0
 PING, STREAM = "bare TCP ping-pong", "bare TCP stream"
+FETCH, FAULT, WINDOWS = "one fetch", "one fault", "windows"
 POOLS = ("tcp", "unix", "mem")
 
 Samples = dict[tuple[str, str], list[float]]
@@ -88,12 +92,19 @@ def run(command: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def touch(program: Path, order: str, pool: str, mib: int, passes: int, folder: Path) -> float:
-    """Nanoseconds per page that was fetched."""
+class Touched(NamedTuple):
+    """Nanoseconds for each page that was fetched, and for each fetch (of one page or several)."""
+
+    page_ns: float
+    fetch_ns: float
+
+
+def touch(program: Path, order: str, pool: str, mib: int, passes: int, folder: Path) -> Touched:
     stats = folder / "stats.json"
     stats.unlink(missing_ok=True)
     local = mib * MIB * LOCAL_PERCENT // 100
-    command = [str(FARMEM), "run", "-q", "-m", str(local), "--pool", pool, "--stats", str(stats)]
+    command = [str(FARMEM), "run", "-q", "-m", str(local), "--pool", pool]
+    command += ["--filter", "stats", "--stats", str(stats)]
     pages = mib * MIB // PAGE_BYTES
     found = run([*command, "--", str(program), "touch", order, str(mib), str(passes * pages)])
     end = time.monotonic() + START_S
@@ -101,10 +112,11 @@ def touch(program: Path, order: str, pool: str, mib: int, passes: int, folder: P
         if time.monotonic() > end:
             raise Failed("no statistics were written")
         time.sleep(0.01)
-    fetched = json.loads(stats.read_text())["pages_fetched"]
+    counted = json.loads(stats.read_text())
+    fetched = counted["pages_fetched"]
     if fetched < passes * pages // 2:
         raise Failed(f"only {fetched} pages of {passes * pages} were fetched: not a measurement")
-    return found["ns"] / fetched
+    return Touched(found["ns"] / fetched, counted["pool_fetch_ns"] / counted["pool_fetches"])
 
 
 def measure(
@@ -120,23 +132,24 @@ def measure(
         for _ in range(given.rounds):
             noise.look()
             ping = [str(program), "ping", port, str(PAGE_BYTES), str(PINGS)]
-            take("one page", PING, run(ping)["ns"])
+            ping_ns = run(ping)["ns"]
+            take(FETCH, PING, ping_ns)
+            take(FAULT, PING, ping_ns)
             stream = [str(program), "stream", port, str(mib * MIB * 4)]
-            take("windows", STREAM, PAGE_BYTES * 1e9 / run(stream)["bytes_per_s"])
+            take(WINDOWS, STREAM, PAGE_BYTES * 1e9 / run(stream)["bytes_per_s"])
             for pool in POOLS:
-                for what, order, passes in (
-                    ("one page", "random", 1),
-                    ("windows", "sequential", 3),
-                ):
-                    value = touch(program, order, urls[pool], mib, passes, folder)
-                    take(what, f"farmem, {pool}", value)
+                one = touch(program, "random", urls[pool], mib, 1, folder)
+                take(FETCH, f"farmem, {pool}", one.fetch_ns)
+                take(FAULT, f"farmem, {pool}", one.page_ns)
+                many = touch(program, "sequential", urls[pool], mib, 3, folder)
+                take(WINDOWS, f"farmem, {pool}", many.page_ns)
     return samples
 
 
 def report(samples: Samples, mib: int, rounds: int, noise: NoiseMeter) -> str:
     rows = []
     for (what, who), values in samples.items():
-        bare: Summary = summarise(samples[what, PING if what == "one page" else STREAM])
+        bare: Summary = summarise(samples[what, STREAM if what == WINDOWS else PING])
         mine = summarise(values)
         rate = f"{PAGE_BYTES * 1e9 / mine.median / MIB:.0f} MiB/s"
         rows.append([f"{what}: {who}", with_spread(mine, 1000.0), rate, ratio(mine, bare)])

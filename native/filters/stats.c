@@ -1,4 +1,4 @@
-/* stats.c - a filter that counts the transfers that pass and how long they take (pool_requests, pool_wait_ns). */
+/* stats.c - a filter that counts the transfers that pass and how long they take (pool_fetches, pool_fetch_ns and so on). */
 #include <stddef.h>
 
 #include "backend.h"
@@ -12,8 +12,15 @@ static void stats_submit(struct fm_backend *b, struct fm_io *io)
 
 static void stats_ended(struct fm_backend *b, struct fm_io *io)
 {
-    fm_add(b->chain->count->pool_requests, 1);
-    fm_add(b->chain->count->pool_wait_ns, fm_now_ns() - io->begun_ns);
+    struct fm_counters *count = b->chain->count;
+    uint64_t took_ns = fm_now_ns() - io->begun_ns;
+    if (io->kind == FM_IO_FETCH) {
+        fm_add(count->pool_fetches, 1);
+        fm_add(count->pool_fetch_ns, took_ns);
+    } else {
+        fm_add(count->pool_stores, 1);
+        fm_add(count->pool_store_ns, took_ns);
+    }
     fm_backend_ended_up(b, io);
 }
 

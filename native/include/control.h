@@ -14,7 +14,7 @@
 
 /* cdef begins */
 #define FM_CONTROL_MAGIC 0x6d656d726166
-#define FM_CONTROL_VERSION 6
+#define FM_CONTROL_VERSION 7
 #define FM_PAGE_BYTES 4096
 #define FM_PROCS_MAX 1024
 #define FM_MESSAGES_MAX 256
@@ -58,8 +58,10 @@ struct fm_counters {
     uint64_t events_unmap;
     uint64_t events_remap;
     uint64_t forks;
-    uint64_t pool_requests;           /* the stats filter's: transfers that ended */
-    uint64_t pool_wait_ns;            /* ... and how long they took together */
+    uint64_t pool_fetches;            /* the stats filter's: fetches that ended, of a page or of several */
+    uint64_t pool_fetch_ns;           /* ... and how long they took together */
+    uint64_t pool_stores;
+    uint64_t pool_store_ns;
     uint64_t engine_bytes;            /* memory of the engine itself */
     uint64_t managed_bytes;           /* memory ranges registered with us */
     uint64_t peak_local_bytes;

@@ -27,6 +27,7 @@ from tests.pools.nbd_servers import MIB, nbd_server, until
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
 LIMIT_S = 60
+DELAY_NS = 50_000
 
 
 @pytest.mark.parametrize("over", ["tcp", "unix"])
@@ -79,12 +80,14 @@ def test_filters_stand_before_it() -> None:
             [compile_c("verify"), "2", "64", "8"],
             local="32M",
             # So seldom that hardly ever the second reading of the same page is struck too.
-            filters=["stats", "error:corrupt=0.0003,seed=3", "checksum", "delay:rtt=50us"],
+            filters=["stats", "error:corrupt=0.0003,seed=3", "checksum", f"delay:rtt={DELAY_NS}ns"],
             options=server.options,
         )
     assert_ok(result)
     assert result.stats is not None and result.stats["fetch_retries"] >= 1
-    assert result.stats["pool_requests"] >= 1000
+    for kind in ("fetch", "store"):
+        number = result.stats["pool_fetches" if kind == "fetch" else "pool_stores"]
+        assert number >= 100 and result.stats[f"pool_{kind}_ns"] >= number * DELAY_NS
 
 
 def test_space_is_given_back(tmp_path: Path) -> None:

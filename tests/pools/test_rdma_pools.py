@@ -34,6 +34,7 @@ from tests.pools.serving import MIB, until
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
 LIMIT_S = 90
+DELAY_NS = 50_000
 SOON = ("--pool-timeout", "2s")
 
 
@@ -121,12 +122,14 @@ def test_filters_stand_before_it(server: FakeRdmaServe) -> None:
     result = run_farmem(
         [compile_c("verify"), "2", "64", "2"],
         local="32M",
-        filters=["stats", "error:corrupt=0.001,seed=3", "checksum", "delay:rtt=50us"],
+        filters=["stats", "error:corrupt=0.001,seed=3", "checksum", f"delay:rtt={DELAY_NS}ns"],
         options=server.options,
     )
     assert_ok(result)
     assert result.stats is not None and result.stats["fetch_retries"] >= 1
-    assert result.stats["pool_requests"] >= 1000
+    for kind in ("fetch", "store"):
+        number = result.stats["pool_fetches" if kind == "fetch" else "pool_stores"]
+        assert number >= 100 and result.stats[f"pool_{kind}_ns"] >= number * DELAY_NS
 
 
 def test_a_program_with_regions(server: FakeRdmaServe) -> None:
