@@ -136,7 +136,12 @@ def unreachable(server: Server, error: OSError, what: str = "") -> FarmemError:
     """A server that does not answer, named."""
     hint = _START_HINT if server.leases else "see that an NBD server listens there"
     what = what or f"pool {server.url!r}"
-    return FarmemError(f"{what}: {server.name} can't be reached: {why(error)}", hint)
+    return FarmemError(f"{what}: {no_answer(server, error)}", hint)
+
+
+def no_answer(server: Server, error: OSError) -> str:
+    """That it does not answer, and why."""
+    return f"{server.name} can't be reached: {why(error)}"
 
 
 def _exchange(sock: socket.socket, request: bytes, deadline: float) -> bytes:

@@ -18,7 +18,7 @@ from farmem.growth import can_spare, first_bytes, wanted_bytes
 from farmem.lease import Control, standing
 from farmem.pools import EXTENT_BYTES, SERVERS_MAX, Pool, host_memory_bytes, parse_pool
 from farmem.poolserver import Chunk, PoolServer
-from farmem.servers import REACH_SECONDS, Server, addresses_of
+from farmem.servers import REACH_SECONDS, Server, addresses_of, at_once
 from farmem.tls import PLAIN, Tls
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PoolServers:
             chunk = Chunk(first_bytes(budget_bytes, len(pool.servers)))
             found, failed = _reach_all(pool.servers, chunk, deadline, self._tls)
             if failed:
-                _at_once([server.release for server in found])
+                at_once([server.release for server in found])
                 raise failed[0]
             return found
         choices = self._sources.choices(time.monotonic())
@@ -127,7 +127,7 @@ class PoolServers:
         if self._thread is not None:
             self._stopped.set()
             self._thread.join(_JOIN_SECONDS)
-        _at_once([server.release for server in self._live.values()])
+        at_once([server.release for server in self._live.values()])
 
     # ---- growing and shrinking: one thread of the supervisor's
 
@@ -251,17 +251,6 @@ def _free_bytes(server: Server, known_bytes: int, tls: Tls) -> int:
         return -1
 
 
-def _at_once(calls: Sequence[Callable[[], None]]) -> None:
-    """All of them, and none waits for another."""
-    threads = [threading.Thread(target=call, daemon=True) for call in calls[1:]]
-    for thread in threads:
-        thread.start()
-    if calls:
-        calls[0]()
-    for thread in threads:
-        thread.join()
-
-
 def _reach_all(
     servers: Sequence[Server], chunk: Chunk, deadline: float, tls: Tls
 ) -> tuple[list[PoolServer], list[FarmemError]]:
@@ -275,7 +264,7 @@ def _reach_all(
         except FarmemError as error:
             failed[number] = error
 
-    _at_once([lambda number=number: reach(number) for number in range(len(servers))])  # type: ignore[misc]
+    at_once([lambda number=number: reach(number) for number in range(len(servers))])  # type: ignore[misc]
     return [found[n] for n in sorted(found)], [failed[n] for n in sorted(failed)]
 
 

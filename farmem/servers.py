@@ -13,7 +13,8 @@ import socket
 import struct
 import threading
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from farmem.errors import FarmemError
@@ -39,6 +40,9 @@ _PARAMETERS = {
     "nbds": set(),
     "nbd+unix": {"socket"},
 }
+
+
+Found = TypeVar("Found")
 
 
 class Server(NamedTuple):
@@ -253,6 +257,24 @@ def receive_all(sock: socket.socket, size_bytes: int, deadline: float) -> bytes:
             raise ConnectionError("it closed the connection")
         data += chunk
     return data
+
+
+def at_once(calls: Sequence[Callable[[], Found]]) -> list[Found]:
+    """What each of them returns; they run at the same time, and none waits for another."""
+    found: dict[int, Found] = {}
+
+    def run(number: int) -> None:
+        found[number] = calls[number]()
+
+    others = range(1, len(calls))
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in others]
+    for thread in threads:
+        thread.start()
+    if calls:
+        run(0)
+    for thread in threads:
+        thread.join()
+    return [found[number] for number in range(len(calls))]
 
 
 def why(error: OSError) -> str:

@@ -10,13 +10,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.core import ParameterSource
 
 from farmem import config
 from farmem.errors import FarmemError
+
+if TYPE_CHECKING:
+    from farmem.registry import Registry
 
 PREFIX = "FARMEM_"
 CONFIG_VARIABLE = "FARMEM_CONFIG"
@@ -25,6 +28,7 @@ INTERNAL_VARIABLES = ("FARMEM_JOB", "FARMEM_TEST_")
 NOT_CONFIGURED = frozenset({"config", "completion"})
 COMMAND_LINE = "command"
 _EXAMPLES = {"size": "4G", "pool": "mem:8G", "filter": "delay:rtt=10us", "time": "30s"}
+_URLS = ("pool", "registry")  # types of options that hold URLs
 _KINDS = {
     bool: "true or false",
     int: "a number",
@@ -64,7 +68,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older
 
     def split_envvar_value(self, rv: str) -> list[str]:
         """Several values in one variable: pools begin with a scheme, and a path can hold spaces."""
-        if self.name != "pool":
+        if self.name not in _URLS:
             return list(super().split_envvar_value(rv))
         from farmem.pools import SCHEMES, SERVER_SCHEMES
 
@@ -78,6 +82,13 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic in older
         from farmem.cli.words import complete
 
         return complete(self.name, incomplete)
+
+
+def parse_registry(url: str) -> "Registry":
+    """An option that names a registry."""
+    from farmem import registry
+
+    return registry.parse_registry(url)
 
 
 class CommandLine(click.Command):

@@ -2,17 +2,17 @@
 
 import json
 import sys
-import threading
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import click
 
-from farmem.cli.options import Parsed
+from farmem.cli.options import Parsed, parse_registry
 from farmem.errors import FarmemError
 from farmem.pools import Pool, parse_pool
 from farmem.running import printable
-from farmem.servers import REACH_SECONDS, Server, addresses_of, connect
+from farmem.servers import REACH_SECONDS, Server, addresses_of, at_once, connect
 from farmem.sizes import format_bytes
 
 _RTT_TRIES = 3
@@ -48,7 +48,7 @@ def _rtt_ns(server: Server, deadline: float) -> int:
 
 
 def _look_at(server: Server) -> Look:
-    from farmem.lease import Control, unreachable
+    from farmem.lease import Control, no_answer
 
     deadline = time.monotonic() + REACH_SECONDS
     try:
@@ -58,7 +58,7 @@ def _look_at(server: Server) -> Look:
         control = Control(server, addresses_of(server, deadline))
         found = control.asked("GET", "/v1/server", deadline)
     except OSError as error:
-        return Look(server.url, unreachable(server, error, "").what.partition(": ")[2])
+        return Look(server.url, no_answer(server, error))
     except FarmemError as error:
         return Look(server.url, error.what)
     return Look(
@@ -95,18 +95,8 @@ def _number(found: dict[str, Any], key: str) -> int | None:
 
 
 def _look_at_all(servers: list[Server]) -> list[Look]:
-    """At the same time: one that does not answer holds nobody up."""
-    found: dict[int, Look] = {}
-
-    def look(number: int, server: Server) -> None:
-        found[number] = _look_at(server)
-
-    threads = [threading.Thread(target=look, args=pair, daemon=True) for pair in enumerate(servers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[number] for number in range(len(servers))]
+    """One that does not answer holds nobody up."""
+    return at_once([partial(_look_at, server) for server in servers])
 
 
 _HEAD = ("SERVER", "NAME", "CAPACITY", "FREE", "LEASES", "EPOCH", "RTT")
@@ -146,12 +136,6 @@ def _as_json(looks: list[Look]) -> str:
     return json.dumps({"servers": found}, indent=2)
 
 
-def _parse_registry(url: str) -> Any:
-    from farmem.registry import parse_registry
-
-    return parse_registry(url)
-
-
 def _servers(pools: tuple[Pool, ...], registry: Any) -> list[Server]:
     found: dict[str, Server] = {}
     for pool in pools:
@@ -180,7 +164,7 @@ def _servers(pools: tuple[Pool, ...], registry: Any) -> list[Server]:
 @click.option(
     "--registry",
     metavar="URL",
-    type=Parsed("registry", _parse_registry),
+    type=Parsed("registry", parse_registry),
     help="All that are registered there: registry+http://HOST:PORT, "
     "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml.",
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from farmem.cli.options import Parsed
+from farmem.cli.options import Parsed, parse_registry
 from farmem.errors import FarmemError
 from farmem.sizes import parse_duration, parse_size
 
@@ -56,12 +56,6 @@ def _parse_name(text: str) -> str:
             "choose a short name, as --name rack7",
         )
     return text
-
-
-def _parse_registry(text: str) -> Any:
-    from farmem.registry import parse_registry
-
-    return parse_registry(text)
 
 
 def _parse_advertise(text: str) -> str:
@@ -207,7 +201,7 @@ def _parse_gid_index(text: str) -> int:
     "--register",
     "registries",
     metavar="URL",
-    type=Parsed("registry", _parse_registry),
+    type=Parsed("registry", parse_registry),
     multiple=True,
     help="Register in a registry, as long as this server grants leases: registry+http://HOST:PORT, "
     "or registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX. May be repeated.",

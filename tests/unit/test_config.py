@@ -176,6 +176,20 @@ def test_variables(
     assert json.loads(capsys.readouterr().out)["other_variables"] == ["FARMEM_VERSION"]
 
 
+def test_pools_and_registries_from_a_file_and_from_a_variable(
+    home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they can be is in test_servers.py; here it is that they get there."""
+    pools = ["registry+etcd://a:1,b:2/farm", "registry+http://a:1", "tcp://a:1"]
+    home.write(f"[run]\npool = {json.dumps(pools)}\n[serve]\nregister = {json.dumps(pools[:2])}\n")
+    assert shown(capsys)["pool"]["value"] == pools
+    monkeypatch.setenv("FARMEM_RUN_POOL", " ".join(reversed(pools)))
+    monkeypatch.setenv("FARMEM_SERVE_REGISTER", " ".join(reversed(pools[:2])))
+    assert shown(capsys)["pool"]["value"] == pools[::-1]
+    told = farmem("run", "-m", "64M", "true", FARMEM_RUN_POOL=" ".join(pools))
+    assert_mistake(told, pools[0], "only servers can be used together")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

@@ -2,17 +2,26 @@
 
 import os
 import socket
+import threading
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farmem import servers
-from farmem.cli.options import Parsed
+from farmem.cli.options import Parsed, parse_registry
 from farmem.errors import FarmemError
-from farmem.pools import SERVERS_MAX, join_pools, parse_pool, smaller_pool_hint
-from farmem.servers import Address, Server, addresses_of, parse_server
+from farmem.pools import (
+    SCHEMES,
+    SERVER_SCHEMES,
+    SERVERS_MAX,
+    join_pools,
+    parse_pool,
+    smaller_pool_hint,
+)
+from farmem.servers import Address, Server, addresses_of, at_once, parse_server
 
 
 def server(url: str) -> Server:
@@ -133,6 +142,45 @@ def test_pools_in_a_variable_are_told_apart_by_their_schemes() -> None:
     assert split(" tcp://a:1  nbd+unix:///?socket=/s ") == ["tcp://a:1", "nbd+unix:///?socket=/s"]
     assert split("file:/a b mem:1G") == ["file:/a b", "mem:1G"]
     assert Parsed("filter", str).split_envvar_value("a b") == ["a", "b"]
+
+
+# One of each kind that --pool takes.
+OF_EACH_KIND = [
+    "mem:1G", "file:/tmp", "tcp://a:1", "rdma://[::1]:1?size=8G", "unix:///run/a b", "nbd://a/x",
+    "nbds://a/x", "nbd+unix:///x?socket=/s", "registry+http://a:1",
+    "registry+etcd://a:1,b:2/farm", "registry+file:///etc/a b.toml",
+]  # fmt: skip
+
+
+def test_whatever_a_pool_can_be_can_stand_in_a_variable() -> None:
+    """Each behind each other one, as many as you like."""
+    kinds = {url.partition(":")[0] for url in OF_EACH_KIND}
+    assert kinds == {*SCHEMES, *SERVER_SCHEMES}
+    option = Parsed("pool", parse_pool)
+    for first in OF_EACH_KIND:
+        assert option.convert(first, None, None).url == first
+        for second in OF_EACH_KIND:
+            assert option.split_envvar_value(f"{first} {second}") == [first, second]
+    both = " ".join(OF_EACH_KIND)
+    assert option.split_envvar_value(both) == OF_EACH_KIND
+
+
+def test_registries_in_a_variable_are_told_apart_like_pools() -> None:
+    option = Parsed("registry", parse_registry)
+    urls = [url for url in OF_EACH_KIND if url.startswith("registry+")]
+    assert option.split_envvar_value(" ".join(urls)) == urls
+    assert [option.convert(url, None, None).url for url in urls] == urls
+
+
+def test_calls_at_once_do_not_wait_for_each_other() -> None:
+    both = threading.Barrier(3, timeout=60)
+
+    def call(number: int) -> int:
+        both.wait()
+        return number
+
+    assert at_once([partial(call, number) for number in (7, 8, 9)]) == [7, 8, 9]
+    assert at_once([]) == []
 
 
 def test_an_address_is_what_the_kernel_wants() -> None:
