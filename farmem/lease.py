@@ -33,6 +33,10 @@ _FREE_AGAIN_SECONDS = 0.1
 _START_HINT = "see that `farmem serve` runs there and listens where you asked"
 
 
+class Stranger(FarmemError):
+    """What answers there is something else."""
+
+
 class _Bytes:
     """What http.client wants of a socket."""
 
@@ -116,7 +120,7 @@ class Control:
             text = response.read()
             document = json.loads(text) if text else {}
         except (http.client.HTTPException, ValueError, RecursionError, OSError) as error:
-            raise FarmemError(
+            raise Stranger(
                 f"what answers at {self.server.name} is no farmem server", _START_HINT
             ) from error
         return Answer(response.status, document if isinstance(document, dict) else {})

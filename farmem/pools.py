@@ -29,7 +29,9 @@ SERVER_SCHEMES = {
     "nbds": "an NBD server's export, with TLS",
     "nbd+unix": "an NBD server on this host, by its socket",
     "registry+http": "the servers that a farmem serve knows of",
+    "registry+https": "the servers that a farmem serve knows of, with TLS",
     "registry+etcd": "the servers that etcd knows of",
+    "registry+etcds": "the servers that etcd knows of, with TLS",
     "registry+file": "the servers that a file names",
 }
 # More is only used when it was asked for: the ledger of a pool costs address space.
@@ -41,8 +43,8 @@ _KNOWN = (
     "pools are: mem: (as large as this host's memory), mem:SIZE, "
     "file:FOLDER, file:PATH, file:SIZE:PATH, tcp://HOST:PORT, rdma://HOST:PORT, unix:///PATH, "
     "nbd://HOST:PORT/EXPORT, nbds://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH, "
-    "registry+http://HOST:PORT, "
-    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml"
+    "registry+http://HOST:PORT, registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, "
+    "registry+https://..., registry+etcds://... (with TLS), registry+file:///PATH.toml"
 )
 FILE_HINT = "name a folder on a disk, as --pool file:/var/tmp or --pool file:64G:/var/tmp"
 

@@ -205,6 +205,8 @@ class Sources:
         self._tls = tls
         self._named = [s for s in pool.servers if s.leases and s.size_bytes is None]
         self._registry: Registry | None = pool.registry
+        if self._registry is not None:
+            self._registry.tls = tls
         self._listed: list[tuple[Server, int]] = []
         self._listed_at = -_LIST_SECONDS
 

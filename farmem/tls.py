@@ -47,10 +47,11 @@ class Tls(NamedTuple):
         """Whether it is to be tried."""
         return self.mode in (ON, REQUIRE)
 
-    def toward(self, server: "Server", addresses: "list[Address]") -> "Tls":
-        """What holds for a server: its mode is never empty."""
+    def toward(self, server: "Server", addresses: "list[Address]", whose: str = "") -> "Tls":
+        """What holds for a server: its mode is never empty.  `whose`: what messages call it."""
         from farmem.servers import is_loopback
 
+        whose = whose or f"pool {server.url!r}"
         if server.path:
             return PLAIN
         mode = self.mode or (REQUIRE if self.folder else "")
@@ -58,35 +59,35 @@ class Tls(NamedTuple):
             mode = REQUIRE
         if not mode and not all(map(is_loopback, addresses)):
             raise FarmemError(
-                f"pool {server.url!r} is on another host, and it is not said how pages get there",
+                f"{whose} is on another host, and it is not said whether TLS is spoken there",
                 f"{HOW_TO}; {_TRUST_HINT}",
             )
         if mode in (ON, REQUIRE):
-            return Tls(mode, self._checked_folder(server))
+            return Tls(mode, self._checked_folder(whose))
         return PLAIN
 
-    def _checked_folder(self, server: "Server") -> str:
+    def _checked_folder(self, whose: str) -> str:
         if not self.folder:
             raise FarmemError(
-                f"pool {server.url!r} is to be spoken to with TLS, and that needs certificates",
+                f"{whose} is to be spoken to with TLS, and that needs certificates",
                 f"name their folder: --tls-certificates FOLDER; {CERTIFICATES_HINT}",
             )
-        folder = os.path.abspath(self.folder)
         for name in (AUTHORITY, CERTIFICATE, KEY):
-            path = os.path.join(folder, name)
+            path = os.path.join(self.folder, name)
             if not os.access(path, os.R_OK):
                 raise FarmemError(f"there is no {path} that can be read", CERTIFICATES_HINT)
-        return folder
+        return self.folder
 
 
 PLAIN = Tls(OFF)
 
 
 def parse_tls(mode: str, folder: str) -> Tls:
-    """The same from words that nobody has checked yet."""
+    """The same from words that nobody has checked yet.  The folder holds from anywhere: a
+    supervisor, which leases more, has another current folder."""
     if mode not in ("", OFF, ON, REQUIRE):
         raise FarmemError(f"there is no TLS mode {mode!r}", "modes are: off, on, require")
-    return Tls(mode, folder)
+    return Tls(mode, os.path.abspath(folder) if folder else "")
 
 
 def client_context(folder: str) -> "ssl.SSLContext":
@@ -150,7 +151,8 @@ class Secure:
         if isinstance(error, ssl.SSLCertVerificationError):
             return FarmemError(self._verdict(error), CERTIFICATES_HINT)
         if reason in _NO_TLS or isinstance(error, ssl.SSLEOFError):
-            hint = f"start it with --tls=require; {_TRUST_HINT}"
+            hint = "start it with --tls=require"
+            hint += "" if self._server.is_tls else f"; {_TRUST_HINT}"
             return NoTls(f"{name} does not speak TLS", hint)
         if "ALERT" in reason:
             what = f"{name} does not take the certificate in {self._folder}: {_reason(error)}"

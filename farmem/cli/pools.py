@@ -1,6 +1,7 @@
 """farmem pools: look at servers that lend memory: how much they have, and whether they answer."""
 
 import json
+import os
 import sys
 import time
 from functools import partial
@@ -12,8 +13,9 @@ from farmem.cli.options import Parsed, parse_registry
 from farmem.errors import FarmemError
 from farmem.pools import Pool, parse_pool
 from farmem.running import printable
-from farmem.servers import REACH_SECONDS, Server, addresses_of, at_once, connect
+from farmem.servers import REACH_SECONDS, Address, Server, addresses_of, at_once, connect
 from farmem.sizes import format_bytes
+from farmem.tls import OFF, ON, REQUIRE, Tls, parse_tls
 
 _RTT_TRIES = 3
 _NS = 1_000_000_000
@@ -34,9 +36,8 @@ class Look(NamedTuple):
     rtt_ns: int | None = None
 
 
-def _rtt_ns(server: Server, deadline: float) -> int:
+def _rtt_ns(addresses: list[Address], deadline: float) -> int:
     """The shortest time that it took to connect: a round trip."""
-    addresses = addresses_of(server, deadline)
     best_ns = 0
     for _ in range(_RTT_TRIES):
         begin_ns = time.perf_counter_ns()
@@ -47,20 +48,22 @@ def _rtt_ns(server: Server, deadline: float) -> int:
     return best_ns
 
 
-def _look_at(server: Server) -> Look:
+def _look_at(server: Server, tls: Tls) -> Look:
     from farmem.lease import Control, no_answer
 
     deadline = time.monotonic() + REACH_SECONDS
     try:
-        rtt_ns = _rtt_ns(server, deadline)
+        addresses = addresses_of(server, deadline)
+        wanted = tls.toward(server, addresses, server.name)
+        rtt_ns = _rtt_ns(addresses, deadline)
         if not server.leases:
-            return Look(server.url, capacity_bytes=_export_bytes(server, deadline), rtt_ns=rtt_ns)
-        control = Control(server, addresses_of(server, deadline))
-        found = control.asked("GET", "/v1/server", deadline)
+            return Look(server.url, capacity_bytes=_export_bytes(server, tls), rtt_ns=rtt_ns)
+        found = Control(server, addresses, wanted).asked("GET", "/v1/server", deadline)
     except OSError as error:
         return Look(server.url, no_answer(server, error))
     except FarmemError as error:
-        return Look(server.url, error.what)
+        what = error.what.removeprefix(f"pool {server.url!r}: ")
+        return Look(server.url, f"{what}; {error.hint}" if error.hint else what)
     return Look(
         server.url,
         name=_text(found, "name"),
@@ -73,15 +76,14 @@ def _look_at(server: Server) -> Look:
     )
 
 
-def _export_bytes(server: Server, deadline: float) -> int:
-    """Of any NBD server's export its size is all that there is to know."""
-    from farmem.nbd import ask_export, say_goodbye
+def _export_bytes(server: Server, tls: Tls) -> int:
+    """Of any NBD server's export its size is all that there is to know: asked for as by a job."""
+    from farmem.poolservers import PoolServers
 
-    sock, _ = connect(addresses_of(server, deadline), deadline)
-    try:
-        return ask_export(sock, server.export, f"pool {server.url!r}", deadline).size_bytes
-    finally:
-        say_goodbye(sock)
+    there = PoolServers(Pool(server.url, 0, servers=(server,)), 0, tls)
+    there.discard()
+    os.close(there.fd)
+    return there.capacity_bytes
 
 
 def _text(found: dict[str, Any], key: str) -> str:
@@ -94,9 +96,9 @@ def _number(found: dict[str, Any], key: str) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _look_at_all(servers: list[Server]) -> list[Look]:
+def _look_at_all(servers: list[Server], tls: Tls) -> list[Look]:
     """One that does not answer holds nobody up."""
-    return at_once([partial(_look_at, server) for server in servers])
+    return at_once([partial(_look_at, server, tls) for server in servers])
 
 
 _HEAD = ("SERVER", "NAME", "CAPACITY", "FREE", "LEASES", "EPOCH", "RTT")
@@ -136,13 +138,14 @@ def _as_json(looks: list[Look]) -> str:
     return json.dumps({"servers": found}, indent=2)
 
 
-def _servers(pools: tuple[Pool, ...], registry: Any) -> list[Server]:
+def _servers(pools: tuple[Pool, ...], registry: Any, tls: Tls) -> list[Server]:
     found: dict[str, Server] = {}
     for pool in pools:
         if not pool.servers:
             raise FarmemError(f"pool {pool.url!r} is no server", "name servers, as tcp://HOST:PORT")
         found |= {server.url: server for server in pool.servers}
     if registry is not None:
+        registry.tls = tls
         for entry in registry.entries(time.monotonic() + REACH_SECONDS):
             [server] = parse_pool(entry.url).servers
             found.setdefault(server.url, server)
@@ -166,13 +169,32 @@ def _servers(pools: tuple[Pool, ...], registry: Any) -> list[Server]:
     metavar="URL",
     type=Parsed("registry", parse_registry),
     help="All that are registered there: registry+http://HOST:PORT, "
-    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml.",
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX (registry+https:, registry+etcds: with TLS), "
+    "registry+file:///PATH.toml.",
+)
+@click.option(
+    "--tls",
+    type=click.Choice([OFF, ON, REQUIRE]),
+    default=None,
+    help="For servers and registries on other hosts, as for farmem run: require, on (where it is "
+    "offered), off. Without it: require if there are certificates; else off on this host, and "
+    "others are not asked.",
+)
+@click.option(
+    "--tls-certificates",
+    metavar="FOLDER",
+    type=Parsed("path", str),
+    default="",
+    help="Where ca-cert.pem, client-cert.pem and client-key.pem are.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("pools", metavar="[URL]...", nargs=-1, type=Parsed("pool", parse_pool))
-def command(registry: Any, as_json: bool, pools: tuple[Pool, ...]) -> None:
+def command(
+    registry: Any, tls: str | None, tls_certificates: str, as_json: bool, pools: tuple[Pool, ...]
+) -> None:
     """See the help above."""
-    looks = _look_at_all(_servers(pools, registry))
+    wanted = parse_tls(tls or "", tls_certificates)
+    looks = _look_at_all(_servers(pools, registry, wanted), wanted)
     if as_json:
         print(_as_json(looks))
     elif looks:

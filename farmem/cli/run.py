@@ -21,7 +21,7 @@ from farmem.job import (
 )
 from farmem.pools import Pool, join_pools, parse_pool
 from farmem.sizes import parse_duration, parse_size
-from farmem.tls import OFF, ON, REQUIRE, Tls
+from farmem.tls import OFF, ON, REQUIRE, parse_tls
 
 POOL_TIMEOUT_LEAST_NS = 100_000_000
 POOL_TIMEOUT_MOST_NS = 86_400_000_000_000
@@ -120,8 +120,8 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "nbds://... (with TLS), nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of "
     "it is overwritten. Of servers there can be several, each with a --pool of its own: what is "
     "evicted is spread over them. registry+http://HOST:PORT, "
-    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, registry+file:///PATH.toml: as many servers as "
-    "are needed of those that are registered. "
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX (registry+https:, registry+etcds: with TLS), "
+    "registry+file:///PATH.toml: as many servers as are needed of those that are registered. "
     "mem: or mem:SIZE: memory of this host, for trying and testing.",
 )
 @click.option(
@@ -138,10 +138,10 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "--tls",
     type=click.Choice([OFF, ON, REQUIRE]),
     default=None,
-    help="For pools on other hosts. require: leases and pages go there with TLS alone, and both "
-    "sides show a certificate; on: where the server offers it; off: everybody on the way can read "
-    "and change them. Without it: require if there are certificates; else off on this host, and "
-    "servers on others are refused.",
+    help="For pools and registries on other hosts. require: leases and pages go there with TLS "
+    "alone, and both sides show a certificate; on: where the server offers it; off: everybody on "
+    "the way can read and change them. Without it: require if there are certificates; else off on "
+    "this host, and servers on others are refused.",
 )
 @click.option(
     "--tls-certificates",
@@ -238,7 +238,7 @@ def command(  # noqa: PLR0913, PLR0917 - click gives each option by its name
         file_io=file_io,
         file_direct=file_direct,
         pool_timeout_ns=pool_timeout_ns,
-        tls=Tls(tls or "", tls_certificates),
+        tls=parse_tls(tls or "", tls_certificates),
         rdma_device=rdma_device,
         rdma_gid_index=rdma_gid_index,
     )

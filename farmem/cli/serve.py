@@ -128,7 +128,8 @@ def _parse_gid_index(text: str) -> int:
     type=Parsed("path", str),
     default="",
     help="Where ca-cert.pem, server-cert.pem and server-key.pem are. Whoever has a certificate of "
-    "that authority may lease, as the tenant that its common name says.",
+    "that authority may lease, as the tenant that its common name says. To register with TLS "
+    "client-cert.pem and client-key.pem are needed there too.",
 )
 @click.option(
     "--rdma",
@@ -195,7 +196,8 @@ def _parse_gid_index(text: str) -> int:
     "--registry",
     is_flag=True,
     help="Keep a registry: other servers register here, and `farmem run --pool "
-    "registry+http://HOST:PORT` uses all that are registered, this one included.",
+    "registry+http://HOST:PORT` (with TLS registry+https:) uses all that are registered, this one "
+    "included.",
 )
 @click.option(
     "--register",
@@ -204,7 +206,8 @@ def _parse_gid_index(text: str) -> int:
     type=Parsed("registry", parse_registry),
     multiple=True,
     help="Register in a registry, as long as this server grants leases: registry+http://HOST:PORT, "
-    "or registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX. May be repeated.",
+    "or registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX; registry+https: and registry+etcds: with TLS "
+    "always, the others as --tls says. May be repeated.",
 )
 @click.option(
     "--advertise",
@@ -237,6 +240,7 @@ def command(**options: Any) -> None:
             "give --capacity, set FARMEM_SERVE_CAPACITY, or write "
             'capacity = "8G" under [serve] in farmem.toml',
         )
+    tls = check_tls(options["tls"] or "", options["tls_certificates"])
     settings = Settings(
         capacity_bytes=options["capacity_bytes"] or SELF_TEST_BYTES,
         listens=options["listens"],
@@ -246,11 +250,11 @@ def command(**options: Any) -> None:
         quotas=_quotas(options["quotas"]),
         data_port=options["data_port"],
         has_huge_pages=options["huge_pages"],
-        tls=check_tls(options["tls"] or "", options["tls_certificates"]),
+        tls=tls,
         rdma=check_wanted(options["rdma"] or "", options["rdma_device"], options["rdma_gid_index"]),
         is_quiet=options["quiet"] or is_test,
         keeps_registry=options["registry"],
-        registries=() if is_test else options["registries"],
+        registries=() if is_test else _registries(options["registries"], tls.mode, tls.folder),
         advertise=options["advertise"],
     )
     if is_test:
@@ -261,6 +265,20 @@ def command(**options: Any) -> None:
     if not settings.listens and not is_activated():
         settings = settings._replace(listens=(_parse_listen(DEFAULT_LISTEN),))
     asyncio.run(serve(settings))
+
+
+def _registries(given: tuple[Any, ...], mode: str, folder: str) -> tuple[Any, ...]:
+    """They are spoken to as it was said for who comes to us."""
+    import time
+
+    from farmem.servers import REACH_SECONDS
+    from farmem.tls import Tls
+
+    deadline = time.monotonic() + REACH_SECONDS
+    for registry in given:
+        registry.tls = Tls(mode, folder)
+        registry.check(deadline)
+    return given
 
 
 def _quotas(given: tuple[tuple[str, int], ...]) -> Any:

@@ -3,18 +3,30 @@
 One small interface and three implementations: a file (static.py), a `farmem serve` that keeps a
 registry (http.py), and etcd (etcd.py).  What is registered has a time to live and is renewed; it
 is a hint and no promise: a server that is listed may be full or gone.  Every call has a deadline.
+
+TLS is for registries what it is for servers (tls.py): `registry+https://` and `registry+etcds://`
+speak it always, the others as was said.  Parameters of its own can say it for one registry alone.
 """
 
+import contextlib
+import os
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl
 
 from farmem.errors import FarmemError
-from farmem.servers import REACH_SECONDS, parse_server
+from farmem.servers import REACH_SECONDS, Server, addresses_of, parse_server
+from farmem.tls import PLAIN, REQUIRE, Tls
+
+if TYPE_CHECKING:
+    from farmem.lease import Control
 
 HINT = (
     "write it as registry+http://HOST:PORT (a `farmem serve --registry`), "
-    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, or registry+file:///PATH.toml"
+    "registry+etcd://HOST:PORT[,HOST:PORT]/PREFIX, or registry+file:///PATH.toml; with TLS "
+    "registry+https: or registry+etcds:"
 )
+_PARAMETERS_HINT = "it takes certificates=FOLDER, or tls=off if its name does not say TLS"
 TEXT_CHARACTERS_MAX = 200
 ENTRIES_MAX = 1024
 _POLL_SECONDS = 1.0
@@ -64,12 +76,44 @@ class Registry:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.tls = Tls()  # what was said for all; whoever uses it says it here
+        self._own_tls: Tls | None = None
+        self._servers: list[Server] = []
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"registry {self.url!r}"
+
+    def check(self, deadline: float) -> None:
+        """Refuse at once what would be refused before anything is sent."""
+        for server in self._servers:
+            with contextlib.suppress(OSError):  # a name that is not known yet
+                self._control(server, deadline)
+
+    def _control(self, server: Server, deadline: float) -> "Control":
+        from farmem.lease import Control
+
+        addresses = addresses_of(server, deadline)
+        tls = self.tls if self._own_tls is None else self._own_tls
+        return Control(server, addresses, tls.toward(server, addresses, self.name))
+
+    def _without_parameters(self, rest: str, is_tls: bool) -> str:
+        """What stands before the parameters; these say how it is spoken to."""
+        place, _, query = rest.partition("?")
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key == "certificates" and value and self._own_tls is None:
+                self._own_tls = Tls(REQUIRE, os.path.abspath(value))
+            elif (key, value) == ("tls", "off") and not is_tls and self._own_tls is None:
+                self._own_tls = PLAIN
+            else:
+                what = f"{self.name} can't have the parameter '{key}={value}'"
+                raise FarmemError(what, _PARAMETERS_HINT)
+        return place
 
     def register(self, entry: Entry, ttl_seconds: float, deadline: float) -> None:
         """List a server, for as long as it is renewed."""
-        raise FarmemError(
-            f"registry {self.url!r} can't be registered with", f"write it there, or {HINT}"
-        )
+        raise FarmemError(f"{self.name} can't be registered with", f"write it there, or {HINT}")
 
     def renew(self, entry: Entry, ttl_seconds: float, deadline: float) -> None:
         """It is still there, and stands like this now."""
@@ -100,12 +144,12 @@ def parse_registry(url: str) -> Registry:
         from farmem.registry.static import FileRegistry
 
         return FileRegistry(url, rest)
-    if scheme == "registry+http":
+    if scheme in ("registry+http", "registry+https"):
         from farmem.registry.http import HttpRegistry
 
-        return HttpRegistry(url, rest)
-    if scheme == "registry+etcd":
+        return HttpRegistry(url, rest, is_tls=scheme == "registry+https")
+    if scheme in ("registry+etcd", "registry+etcds"):
         from farmem.registry.etcd import EtcdRegistry
 
-        return EtcdRegistry(url, rest)
+        return EtcdRegistry(url, rest, is_tls=scheme == "registry+etcds")
     raise FarmemError(f"there is no registry {url!r}", HINT)

@@ -1,7 +1,7 @@
 """A registry in etcd, over the JSON gateway of its version 3: entries are keys with a lease.
 
 Several endpoints are one cluster: they are asked in turn until one answers, the last that did
-first.  Keys lie below a prefix, `PREFIX/servers/ID`.
+first.  Keys lie below a prefix, `PREFIX/servers/ID`.  TLS as `etcd --client-cert-auth` wants it.
 """
 
 import base64
@@ -11,28 +11,42 @@ from typing import Any
 from urllib.parse import unquote
 
 from farmem.errors import FarmemError
-from farmem.lease import Answer, Control, refusal_of
+from farmem.lease import Answer, Stranger, no_answer, refusal_of
 from farmem.registry import ENTRIES_MAX, HINT, Entry, Registry, entry_of
-from farmem.servers import REACH_SECONDS, Server, addresses_of, parse_server, seconds_left, why
+from farmem.servers import REACH_SECONDS, Server, parse_server, seconds_left
+from farmem.tls import HOW_TO, NoTls
 
 DEFAULT_PREFIX = "farmem"
 _KEY_CHARACTERS_MAX = 200
 _ANY_HINT = "see that etcd listens there for clients; its endpoints are told apart by commas"
+_TLS_HINT = (
+    "start etcd with --cert-file, --key-file, --client-cert-auth and --trusted-ca-file, "
+    "or write registry+etcd:, and ?tls=off behind it"
+)
+# The gateway speaks to etcd itself, as a client that shows etcd's own certificate.
+_GATEWAY_HINT = (
+    "if it goes on: etcd's own certificate must be for clients too (extendedKeyUsage clientAuth)"
+)
+
+
+class _Passed(FarmemError):
+    """An endpoint that is of no use; another one may be."""
 
 
 class EtcdRegistry(Registry):
-    """`registry+etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`."""
+    """`registry+etcd://HOST:PORT[,HOST:PORT...][/PREFIX]`, or `registry+etcds:`."""
 
-    def __init__(self, url: str, rest: str) -> None:
+    def __init__(self, url: str, rest: str, *, is_tls: bool) -> None:
         super().__init__(url)
-        places, _, prefix = rest.partition("/")
+        places, _, prefix = self._without_parameters(rest, is_tls).partition("/")
         try:
-            self._servers = [parse_server(f"tcp://{place}") for place in places.split(",")]
+            servers = [parse_server(f"tcp://{place}") for place in places.split(",")]
         except FarmemError as error:
-            raise FarmemError(f"registry {url!r} is not understood: {error.what}", HINT) from error
+            raise FarmemError(f"{self.name} is not understood: {error.what}", HINT) from error
+        self._servers = [server._replace(is_tls=is_tls) for server in servers]
         prefix = unquote(prefix).strip("/") or DEFAULT_PREFIX
-        if "?" in rest or len(prefix) > _KEY_CHARACTERS_MAX or not prefix.isprintable():
-            raise FarmemError(f"registry {url!r} has a prefix that can't be used", HINT)
+        if len(prefix) > _KEY_CHARACTERS_MAX or not prefix.isprintable():
+            raise FarmemError(f"{self.name} has a prefix that can't be used", HINT)
         self._folder = f"/{prefix}/servers/"
         self._leases: dict[str, str] = {}
 
@@ -41,7 +55,7 @@ class EtcdRegistry(Registry):
         answer = self._ask("lease/grant", {"TTL": max(round(ttl_seconds), 1)}, deadline)
         lease = answer.get("ID")
         if not isinstance(lease, str) or not lease.lstrip("-").isdigit():
-            raise FarmemError(f"registry {self.url!r}: etcd granted no lease", _ANY_HINT)
+            raise FarmemError(f"{self.name}: etcd granted no lease", _ANY_HINT)
         self._leases[entry.id] = lease
         self._put(entry, deadline)
 
@@ -87,33 +101,45 @@ class EtcdRegistry(Registry):
     def _ask(self, what: str, question: dict[str, Any], deadline: float) -> dict[str, Any]:
         """Of the first endpoint that answers."""
         deadline = min(deadline, time.monotonic() + REACH_SECONDS)
-        failures = []
+        failures: list[_Passed] = []
         for number, server in enumerate(tuple(self._servers)):
             try:
                 share = seconds_left(deadline) / (len(self._servers) - number)
-                answer = _call(server, what, question, time.monotonic() + share)
+                answer = self._answer(server, what, question, time.monotonic() + share)
             except OSError as error:
-                failures.append(f"{server.name}: {why(error)}")
+                failures.append(_Passed(no_answer(server, error), _ANY_HINT))
                 continue
-            if answer.status in (500, 503, 504) and number + 1 < len(self._servers):
-                failures.append(f"{server.name}: {_said(answer)}")  # it has no leader, say
+            except _Passed as error:
+                failures.append(error)
                 continue
             self._servers.remove(server)
             self._servers.insert(0, server)
             if answer.status != 200:
-                raise FarmemError(f"registry {self.url!r}: etcd said: {_said(answer)}", _ANY_HINT)
+                raise FarmemError(f"{self.name}: etcd said: {_said(answer)}", _ANY_HINT)
             return answer.document
-        raise FarmemError(
-            f"registry {self.url!r} can't be reached: {'; '.join(failures)}", _ANY_HINT
-        )
+        told = "; ".join(failure.what for failure in failures)
+        raise FarmemError(f"{self.name}: {told}", failures[0].hint)
 
-
-def _call(server: Server, what: str, question: dict[str, Any], deadline: float) -> Answer:
-    control = Control(server, addresses_of(server, deadline))
-    try:
-        return control.call("POST", f"/v3/{what}", deadline, question)
-    except FarmemError as error:
-        raise ConnectionError("what answers there is no etcd") from error
+    def _answer(
+        self, server: Server, what: str, question: dict[str, Any], deadline: float
+    ) -> Answer:
+        """Of one endpoint.  What is wrong on our side is wrong for all of them."""
+        control = self._control(server, deadline)
+        try:
+            answer = control.call("POST", f"/v3/{what}", deadline, question)
+        except Stranger as error:
+            told = f"what answers at {server.name} is no etcd"
+            if control.is_tls:
+                raise _Passed(told, _ANY_HINT) from error
+            raise _Passed(f"{told}, or wants TLS", f"{_ANY_HINT}; for TLS {HOW_TO}") from error
+        except NoTls as error:
+            raise _Passed(error.what, _TLS_HINT) from error
+        except FarmemError as error:
+            raise _Passed(error.what, error.hint) from error
+        if answer.status in (500, 503, 504):  # it has no leader, say
+            hint = _GATEWAY_HINT if control.is_tls else _ANY_HINT
+            raise _Passed(f"{server.name}: etcd said: {_said(answer)}", hint)
+        return answer
 
 
 def _said(answer: Answer) -> str:

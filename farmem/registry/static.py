@@ -17,7 +17,7 @@ class FileRegistry(Registry):
         super().__init__(url)
         if not path.startswith("/"):
             raise FarmemError(
-                f"registry {url!r} needs three slashes: no host belongs there",
+                f"{self.name} needs three slashes: no host belongs there",
                 "write it as registry+file:///etc/farmem/servers.toml",
             )
         self._path = unquote(path)
@@ -32,7 +32,7 @@ class FileRegistry(Registry):
             servers = tomllib.loads(data.decode()).get("servers")
         except OSError as error:
             raise FarmemError(
-                f"registry {self.url!r} can't be read: {error.strerror}", "name another file"
+                f"{self.name} can't be read: {error.strerror}", "name another file"
             ) from error
         except ValueError as error:
             raise FarmemError(f"{self._path} is not TOML: {error}", _EXAMPLE) from error

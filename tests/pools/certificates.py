@@ -12,19 +12,25 @@ from tests.pools.serving import need
 
 LIMIT_S = 60
 NAMES = "DNS:pool7,IP:127.0.0.1"
+FOR_SERVERS = "extendedKeyUsage=serverAuth"
 
 
 def _run(command: list[str], place: Path) -> None:
     subprocess.run(command, cwd=place, capture_output=True, check=True, timeout=LIMIT_S)
 
 
-def make_certificates(place: Path, names: str = NAMES) -> Path:
-    """An authority of its own, a server of these names, and the client alice."""
+def make_certificates(place: Path, names: str = NAMES, *, for_etcd: bool = False) -> Path:
+    """An authority of its own, a server of these names, and the client alice.  etcd shows its
+    certificate as a client, too."""
     need("openssl")
     found = re.search(r"```sh\n(.*?)```", (ROOT / "docs" / "pools.md").read_text(), re.DOTALL)
     assert found and NAMES in found[1]
     place.mkdir()
-    _run(["sh", "-e", "-c", found[1].replace(NAMES, names)], place)
+    commands = found[1].replace(NAMES, names)
+    if for_etcd:
+        assert FOR_SERVERS in commands
+        commands = commands.replace(FOR_SERVERS, f"{FOR_SERVERS},clientAuth")
+    _run(["sh", "-e", "-c", commands], place)
     return place
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from farmem.errors import FarmemError
 from farmem.pool.directory import Directory, OwnRegistry
 from farmem.pool.leases import Refused
 from farmem.registry import ENTRIES_MAX, Entry, entry_of, parse_registry
+from farmem.tls import Tls
 
 SECRET = "0123456789abcdef" * 4
 OTHER = "f" * 64
@@ -36,12 +38,19 @@ def soon() -> float:
         ("registry+http://rack7", "is not understood"),
         ("registry+http://", "is not understood"),
         ("registry+http://rack7:7717/x", "is not understood"),
-        ("registry+http://rack7:7717?size=8G", "no parameters"),
+        ("registry+http://rack7:7717?size=8G", "the parameter 'size=8G'"),
+        ("registry+http://rack7:7717?certificates=", "the parameter 'certificates='"),
+        ("registry+http://rack7:7717?tls=maybe", "the parameter 'tls=maybe'"),
+        ("registry+https://rack7:7717?tls=off", "the parameter 'tls=off'"),
+        ("registry+etcds://rack7:7717/x?tls=off", "the parameter 'tls=off'"),
+        ("registry+etcd://rack7:7717?tls=off&certificates=/x", "the parameter 'certificates=/x'"),
+        ("registry+https://rack7", "is not understood"),
+        ("registry+etcds://rack7", "names no port"),
         ("registry+etcd://rack7", "names no port"),
         ("registry+etcd://a:1,b/p", "names no port"),
         ("registry+etcd://a:1,/p", "names no host"),
         ("registry+etcd://a:1/" + "p" * 300, "prefix"),
-        ("registry+etcd://a:1/p?q=1", "prefix"),
+        ("registry+etcd://a:1/p?q=1", "the parameter 'q=1'"),
         ("registry+file://x.toml", "three slashes"),
         ("registry+ftp://rack7:1", "there is no registry"),
         ("tcp://rack7:1", "there is no registry"),
@@ -54,12 +63,42 @@ def test_a_wrong_url_is_refused_with_a_hint(url: str, named: str) -> None:
     assert named in caught.value.what and caught.value.hint
 
 
-@given(st.sampled_from(["http", "etcd", "file"]), st.text(max_size=40))
+@given(st.sampled_from(["http", "https", "etcd", "etcds", "file"]), st.text(max_size=40))
 def test_any_text_is_a_registry_or_a_farmem_error(kind: str, text: str) -> None:
     try:
         assert parse_registry(f"registry+{kind}://{text}").url.endswith(text)
     except FarmemError as error:
         assert error.hint
+
+
+HERE, THERE = "127.0.0.1:1", "192.0.2.1:1"
+
+
+@pytest.mark.parametrize(
+    ("url", "mode", "refused"),
+    [
+        (f"registry+http://{HERE}", "", ""),
+        (f"registry+etcd://{HERE}", "off", ""),
+        (f"registry+http://{THERE}", "", "on another host"),
+        (f"registry+etcd://{HERE},{THERE}", "", "on another host"),
+        (f"registry+http://{THERE}", "off", ""),
+        (f"registry+etcd://{HERE},{THERE}", "off", ""),
+        (f"registry+http://{THERE}?tls=off", "require", ""),
+        (f"registry+etcd://{HERE}/x", "require", "needs certificates"),
+        (f"registry+http://{HERE}", "on", "needs certificates"),
+        (f"registry+https://{HERE}", "off", "needs certificates"),
+        (f"registry+etcds://{HERE}", "", "needs certificates"),
+        (f"registry+etcds://{HERE}?certificates=/nosuch", "off", "no /nosuch/ca-cert.pem"),
+        ("registry+http://name.invalid:1", "", ""),  # who that is may be known later
+        ("registry+file:///nosuch.toml", "require", ""),
+    ],
+)
+def test_tls_is_for_registries_what_it_is_for_servers(url: str, mode: str, refused: str) -> None:
+    """As far as it can be seen before anybody is asked."""
+    registry = parse_registry(url)
+    registry.tls = Tls(mode)
+    with pytest.raises(FarmemError, match=refused) if refused else nullcontext():
+        registry.check(soon())
 
 
 @given(

@@ -147,8 +147,9 @@ def test_pools_in_a_variable_are_told_apart_by_their_schemes() -> None:
 # One of each kind that --pool takes.
 OF_EACH_KIND = [
     "mem:1G", "file:/tmp", "tcp://a:1", "rdma://[::1]:1?size=8G", "unix:///run/a b", "nbd://a/x",
-    "nbds://a/x", "nbd+unix:///x?socket=/s", "registry+http://a:1",
-    "registry+etcd://a:1,b:2/farm", "registry+file:///etc/a b.toml",
+    "nbds://a/x", "nbd+unix:///x?socket=/s", "registry+http://a:1", "registry+https://a:1",
+    "registry+etcd://a:1,b:2/farm", "registry+etcds://a:1,b:2/farm?certificates=/etc/a b",
+    "registry+file:///etc/a b.toml",
 ]  # fmt: skip
 
 

@@ -91,9 +91,16 @@ def test_certificates_that_are_rubbish(folder: str) -> None:
 
 
 def test_a_mode_that_there_is_not() -> None:
-    assert parse_tls("on", "x") == Tls(ON, "x")
+    assert parse_tls("on", "/x") == Tls(ON, "/x")
     with pytest.raises(FarmemError, match="no TLS mode 'yes'"):
         parse_tls("yes", "")
+
+
+def test_a_folder_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor, which leases more, has another current folder than the command had."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_tls("", "x") == Tls("", str(tmp_path / "x"))
+    assert parse_tls("", "") == Tls()
 
 
 def test_addresses_as_the_kernel_and_other_programs_want_them() -> None:
