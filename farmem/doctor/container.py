@@ -1,4 +1,4 @@
-"""Whether this is a container, and what its memory cgroup allows.
+"""Whether this is a container, and what its cgroups allow: memory, and threads.
 
 Cgroups are read as the kernel shows them to this process: from /proc/self/cgroup and
 /proc/self/mountinfo, version 1 and 2.  Every folder from the process's own up to the
@@ -18,6 +18,19 @@ _FILES = {
     1: ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
     2: ("memory.max", "memory.swap.max"),
 }
+
+
+# A job of a few processes takes so many: nine in each with a pool on a server, and in a supervisor.
+THREADS_WISHED = 64
+
+
+class ThreadLimit(NamedTuple):
+    """The cgroup that has the least room for threads (processes are threads too)."""
+
+    version: int
+    folder: str
+    most: int
+    used: int
 
 
 class MemoryLimit(NamedTuple):
@@ -52,19 +65,19 @@ def sysctl(host: Host, setting: str) -> str:
     return f"{'on the host: ' if host.is_read_only('/proc/sys') else ''}sudo sysctl {setting}"
 
 
-def _own_groups(host: Host) -> dict[int, str]:
-    """This process's memory cgroup by version of the interface."""
+def _own_groups(host: Host, controller: str) -> dict[int, str]:
+    """This process's cgroup of a controller, by version of the interface."""
     found = {}
     for line in host.read("/proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
             found[2] = path
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             found[1] = path
     return found
 
 
-def _mounts(host: Host) -> dict[int, tuple[str, str]]:
+def _mounts(host: Host, controller: str) -> dict[int, tuple[str, str]]:
     """Where the hierarchies are mounted: the folder of the hierarchy, and the mount point."""
     found: dict[int, tuple[str, str]] = {}
     for line in host.read("/proc/self/mountinfo").splitlines():
@@ -73,7 +86,7 @@ def _mounts(host: Host) -> dict[int, tuple[str, str]]:
         root, point = fields.split()[3:5]
         if kind == "cgroup2":
             found.setdefault(2, (root, point))
-        elif kind == "cgroup" and "memory" in options.rpartition(" ")[2].split(","):
+        elif kind == "cgroup" and controller in options.rpartition(" ")[2].split(","):
             found.setdefault(1, (root, point))
     return found
 
@@ -104,15 +117,34 @@ def _smallest(host: Host, folders: list[str], name: str) -> int | None:
     return smallest
 
 
+def _cgroup(host: Host, controller: str) -> tuple[int, list[str]] | None:
+    """The version and the folders, from our own up; None where there is none to be seen."""
+    own, mounts = _own_groups(host, controller), _mounts(host, controller)
+    for version in (1, 2):  # where both are mounted, the controller is version 1's
+        if version in own and version in mounts:
+            return version, _folders(*mounts[version], own[version], host)
+    return None
+
+
 def memory_limit(host: Host) -> MemoryLimit | None:
     """The limit on our memory; None where there is no memory cgroup to be seen."""
-    own, mounts = _own_groups(host), _mounts(host)
-    for version in (1, 2):  # where both are mounted, the memory controller is version 1's
-        if version in own and version in mounts:
-            folders = _folders(*mounts[version], own[version], host)
-            limits = [_smallest(host, folders, name) for name in _FILES[version]]
-            return MemoryLimit(version, *limits)
-    return None
+    found = _cgroup(host, "memory")
+    if found is None:
+        return None
+    version, folders = found
+    return MemoryLimit(version, *(_smallest(host, folders, name) for name in _FILES[version]))
+
+
+def thread_limit(host: Host) -> ThreadLimit | None:
+    """Where the least room is; None where nothing is limited, as far as can be seen."""
+    version, folders = _cgroup(host, "pids") or (0, [])
+    limits = []
+    for folder in folders:
+        most = _smallest(host, [folder], "pids.max")
+        if most is not None:
+            used = int(host.read(posixpath.join(folder, "pids.current")))
+            limits.append(ThreadLimit(version, folder, most, used))
+    return min(limits, key=lambda limit: limit.most - limit.used, default=None)
 
 
 def look_container(host: Host) -> Answer:
@@ -140,7 +172,31 @@ def look_memory_limit(host: Host) -> Answer:
     )
 
 
+def look_thread_limit(host: Host) -> Answer:
+    """pids.max, which counts threads and holds root as well."""
+    limit = thread_limit(host)
+    if limit is None:
+        return ok("no limit that is to be seen", most=None, used=None)
+    values = {"most": limit.most, "used": limit.used}
+    found = f"{limit.most} (cgroup v{limit.version}), {limit.used} of them in use"
+    if limit.most - limit.used >= THREADS_WISHED:
+        return ok(found, **values)
+    wanted = limit.used + 1024
+    mend: tuple[str, ...] = (
+        f"sudo sh -c 'echo {wanted} > {limit.folder}/pids.max'",
+        f"in a unit of systemd: TasksMax={wanted}",
+    )
+    if in_container(host):
+        mend = (f"start the container with --pids-limit {wanted}",)
+    return warning(
+        f"{found}: a process takes three threads more, nine with a pool on a server",
+        *mend,
+        **values,
+    )
+
+
 CASES = (
     Check("container", "container", look_container),
     Check("cgroup_memory", "memory limit of the cgroup", look_memory_limit),
+    Check("cgroup_pids", "thread limit of the cgroup", look_thread_limit),
 )

@@ -5,6 +5,7 @@ import mmap
 import os
 import tempfile
 
+from farmem.doctor.container import THREADS_WISHED
 from farmem.doctor.findings import Answer, Check, Mark, missing, ok, warning
 from farmem.doctor.host import NO_LIMIT, Host
 from farmem.sizes import format_bytes
@@ -14,7 +15,6 @@ from farmem.sizes import format_bytes
 DESCRIPTORS_OF_A_JOB = 13
 DESCRIPTORS_OF_A_PROCESS = 3
 PROCESSES_WISHED = 64
-THREADS_WISHED = 64
 LOCKED_BYTES_WISHED = 64 << 20
 TABLES_BYTES = 16 << 30  # address space that an engine reserves for its tables
 _BLOCK_BYTES = 4096
@@ -78,7 +78,7 @@ def look_locked(host: Host) -> Answer:
 
 
 def look_threads(host: Host) -> Answer:
-    """RLIMIT_NPROC: three threads in each managed process, and a supervisor."""
+    """RLIMIT_NPROC: threads of ours in each managed process, and the supervisor's."""
     soft, hard = host.limit("NPROC")
     if soft == NO_LIMIT:
         return ok("no limit", soft=None)
@@ -89,7 +89,12 @@ def look_threads(host: Host) -> Answer:
     if soft - used >= THREADS_WISHED:
         return ok(found, soft=soft, used=used)
     mend = _raise("u", used + 1024, hard, "nproc")
-    return warning(f"{found}: a process takes three threads more", mend, soft=soft, used=used)
+    return warning(
+        f"{found}: a process takes three threads more, nine with a pool on a server",
+        mend,
+        soft=soft,
+        used=used,
+    )
 
 
 def look_memory(host: Host) -> Answer:

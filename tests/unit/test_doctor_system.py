@@ -307,6 +307,33 @@ def test_a_container_that_sees_its_own_folder_as_the_top(host: PlayedHost) -> No
     assert memory_limit(host) == (1, GIB, None)
 
 
+V1_PIDS = "32 25 0:28 / /sys/fs/cgroup/pids rw,nosuid - cgroup cgroup rw,pids"
+
+
+def test_threads_that_a_cgroup_allows(host: PlayedHost) -> None:
+    """The one with the least room counts, not the one with the smallest limit."""
+    files = {"a/b/pids.max": "max", "a/pids.max": "5000", "a/pids.current": "4990"}
+    cgroups(host, "0::/a/b", [V2], files | {"pids.max": "900", "pids.current": "7"})
+    found = answer(host, "cgroup_pids")
+    assert (found.mark, dict(found.values)) == (Mark.WARNING, {"most": 5000, "used": 4990})
+    assert "5000 (cgroup v2), 4990 of them in use" in found.found
+    assert "> /sys/fs/cgroup/a/pids.max" in mends(found) and "TasksMax=6014" in mends(found)
+    host.write("/run/.containerenv", "")
+    assert "--pids-limit 6014" in mends(answer(host, "cgroup_pids"))
+    host.write("/sys/fs/cgroup/a/pids.max", "5100")
+    assert answer(host, "cgroup_pids").mark == Mark.OK
+
+
+def test_threads_that_nobody_limits(host: PlayedHost) -> None:
+    cgroups(host, "8:pids:/x\n0::/", [V1_PIDS], {"pids/x/pids.max": "max"})
+    assert answer(host, "cgroup_pids").mark == Mark.OK
+    cgroups(host, "8:pids:/x\n0::/", [], {})
+    assert answer(host, "cgroup_pids").mark == Mark.OK
+    files = {"pids/x/pids.max": "60", "pids/x/pids.current": "50"}
+    cgroups(host, "8:pids:/x\n0::/", [V1_PIDS], files)
+    assert answer(host, "cgroup_pids").mark == Mark.WARNING
+
+
 def test_no_limit_and_no_cgroup(host: PlayedHost) -> None:
     cgroups(host, "0::/a", [V2], {"a/memory.max": "max"})
     assert answer(host, "cgroup_memory").mark == Mark.OK
