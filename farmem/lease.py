@@ -14,7 +14,7 @@ import pwd
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from farmem.errors import FarmemError
@@ -23,6 +23,7 @@ from farmem.servers import Address, Server, connect, seconds_left, why
 from farmem.tls import ON, PLAIN, NoTls, Secure, Tls
 
 ANSWER_BYTES_MAX = 1 << 20
+LINE_BYTES_MAX = 1 << 20
 RENEW_SECONDS = 5.0
 RELEASE_SECONDS = 2.0
 FREE_SECONDS = 1.0
@@ -72,6 +73,26 @@ class Control:
         self, method: str, path: str, deadline: float, body: Any = None, token: str = ""
     ) -> Answer:
         """Ask; OSError: it can't be reached, or broke off."""
+        request = self._request(method, path, body, token)
+        with self._connected(deadline) as sock:
+            return self._understood(self._exchanged(sock, request, deadline))
+
+    def follow(self, path: str, body: Any, deadline: float) -> Iterator[dict[str, Any]]:
+        """What a long answer says, an object in each line, until its end; OSError: it broke off,
+        or the deadline has come."""
+        with self._connected(deadline) as sock:
+            sock.sendall(self._request("POST", path, body, ""))
+            try:
+                response = http.client.HTTPResponse(sock)
+                response.begin()
+                while line := response.readline(LINE_BYTES_MAX):
+                    sock.settimeout(seconds_left(deadline))
+                    document = json.loads(line)
+                    yield document if isinstance(document, dict) else {}
+            except (http.client.HTTPException, ValueError, RecursionError) as error:
+                raise ConnectionError("its answer is not understood") from error
+
+    def _request(self, method: str, path: str, body: Any, token: str) -> bytes:
         data = b"" if body is None else json.dumps(body).encode()
         host = "localhost" if self.server.path else self.server.name
         lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
@@ -80,9 +101,7 @@ class Control:
             lines += ["Content-Type: application/json"]
         if body is not None or method == "POST":
             lines += [f"Content-Length: {len(data)}"]
-        request = "\r\n".join([*lines, "", ""]).encode() + data
-        with self._connected(deadline) as sock:
-            return self._understood(self._exchanged(sock, request, deadline))
+        return "\r\n".join([*lines, "", ""]).encode() + data
 
     def _connected(self, deadline: float) -> socket.socket:
         sock, address = connect(self.addresses, deadline)

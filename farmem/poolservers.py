@@ -23,6 +23,7 @@ from farmem.tls import PLAIN, Tls
 
 if TYPE_CHECKING:
     from farmem.registry import Registry
+    from farmem.registry.watcher import Watcher
 
 ffi, lib = _native.ffi, _native.lib
 
@@ -119,6 +120,7 @@ class PoolServers:
         for server in self._live.values():
             server.keep(say)
         if self._sources.can_grow:
+            self._sources.watch()
             self._thread = threading.Thread(target=self._tend, args=(say,), daemon=True)
             self._thread.start()
 
@@ -126,6 +128,7 @@ class PoolServers:
         """The job has ended, or never began: give the leases back."""
         if self._thread is not None:
             self._stopped.set()
+            self._sources.stop()
             self._thread.join(_JOIN_SECONDS)
         at_once([server.release for server in self._live.values()])
 
@@ -135,6 +138,8 @@ class PoolServers:
         again = 0.0
         while not self._stopped.wait(_LOOK_SECONDS):
             now = time.monotonic()
+            if self._sources.has_news():
+                again = 0.0
             free_bytes, leased_bytes = self._room()
             more_bytes = wanted_bytes(free_bytes, leased_bytes, SERVERS_MAX - self._places_used)
             if not more_bytes:
@@ -205,6 +210,7 @@ class Sources:
         self._tls = tls
         self._named = [s for s in pool.servers if s.leases and s.size_bytes is None]
         self._registry: Registry | None = pool.registry
+        self._watcher: Watcher | None = None
         if self._registry is not None:
             self._registry.tls = tls
         self._listed: list[tuple[Server, int]] = []
@@ -219,6 +225,26 @@ class Sources:
     def can_grow(self) -> bool:
         """Whether there are any."""
         return self.is_open or bool(self._named)
+
+    def watch(self) -> None:
+        """Learn of new servers at once."""
+        if self._registry is not None:
+            from farmem.registry.watcher import Watcher
+
+            self._watcher = Watcher(self._registry)
+            self._watcher.start()
+
+    def stop(self) -> None:
+        """The job has ended."""
+        if self._watcher is not None:
+            self._watcher.stop()
+
+    def has_news(self) -> bool:
+        """Whether others are listed since this was asked; then the list is an old one."""
+        if self._watcher is None or not self._watcher.take():
+            return False
+        self._listed_at = -_LIST_SECONDS
+        return True
 
     def choices(self, now: float) -> list[Server]:
         """In the order to try them: the freer one of two, then the others as it happens."""

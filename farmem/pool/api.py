@@ -8,10 +8,11 @@ import re
 import time
 from collections.abc import Awaitable
 from typing import Any
+from urllib.parse import parse_qsl
 
 from farmem import __version__
 from farmem.pool import metrics
-from farmem.pool.directory import Directory
+from farmem.pool.directory import WAIT_NS_MAX, Directory
 from farmem.pool.facts import Facts
 from farmem.pool.http import Handler, Request, Response, as_error, as_json
 from farmem.pool.leases import Lease, Refused
@@ -26,6 +27,8 @@ _QUEUE_PAIRS = re.compile(r"/v1/leases/([0-9a-f]{1,64})/queue-pairs(?:/([0-9a-f]
 _REGISTERED = re.compile(r"/v1/registry/([0-9a-f]{1,64})")
 _EXAMPLE = 'send JSON, as {"bytes": 1073741824, "job": "my job", "tenant": "my name"}'
 _BEARER = "bearer "
+_DIGITS_MAX = 12
+_NS = 1_000_000_000
 
 
 class Api:
@@ -42,7 +45,7 @@ class Api:
         }
         if server.directory is not None:
             directory = server.directory
-            self._routes["/v1/registry"] = {"GET": lambda _: _listed(directory)}
+            self._routes["/v1/registry"] = {"GET": lambda asked: _list(directory, asked)}
 
     def answer(self, request: Request) -> Response | Awaitable[Response]:
         """The answer to a request; what can't be done is a Refused."""
@@ -159,9 +162,28 @@ class Api:
         return Response(204)
 
 
+def _list(directory: Directory, request: Request) -> Response | Awaitable[Response]:
+    """At once, or when it is another version than the one that is known."""
+    asked = dict(parse_qsl(request.query))
+    if "version" not in asked:
+        return _listed(directory)
+    wait = asked.get("wait_ns", "")
+    is_number = wait.isascii() and wait.isdigit() and len(wait) <= _DIGITS_MAX
+    if not is_number or int(wait) > WAIT_NS_MAX:
+        example = "write it as /v1/registry?version=VERSION&wait_ns=20000000000"
+        raise Refused(400, f"wait_ns must be a number up to {WAIT_NS_MAX}", example)
+
+    async def listed() -> Response:
+        await directory.wait(asked["version"], int(wait) / _NS)
+        return _listed(directory)
+
+    return listed()
+
+
 def _listed(directory: Directory) -> Response:
     entries = directory.entries(time.monotonic())
-    return as_json(200, {"servers": {entry.id: entry.document() for entry in entries}})
+    servers = {entry.id: entry.document() for entry in entries}
+    return as_json(200, {"servers": servers, "version": directory.version})
 
 
 def _registered(directory: Directory, number: str) -> dict[str, Handler]:

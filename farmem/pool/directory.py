@@ -3,6 +3,7 @@
 An entry is its maker's: whoever made it has chosen a secret, and nobody else can change it.
 """
 
+import asyncio
 import contextlib
 import hmac
 import secrets
@@ -15,7 +16,11 @@ from farmem.registry import ENTRIES_MAX, Entry, Registry, entry_of
 
 TTL_NS_MIN = 1_000_000_000
 TTL_NS_MAX = 3_600_000_000_000
+WAIT_NS_MAX = 60_000_000_000
+WATCHERS_MAX = 512
+_EXPIRY_SECONDS = 1.0  # how often those that wait look for what has expired
 _NS = 1_000_000_000
+_VERSION_BYTES = 8
 _SECRET_CHARACTERS_MIN, _SECRET_CHARACTERS_MAX = 16, 256
 _EXAMPLE = (
     'send JSON, as {"url": "tcp://rack7:7717", "name": "rack7", "epoch": "0123456789abcdef", '
@@ -34,6 +39,34 @@ class Directory:
 
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
+        self._watchers = 0
+        self._changed = asyncio.Event()
+        self._change()
+
+    def _change(self) -> None:
+        """Others are listed now.  The version means nothing to anybody but us."""
+        self.version = secrets.token_hex(_VERSION_BYTES)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, version: str, seconds: float) -> None:
+        """Until others are listed than in that version, or for so long; not at all, if too many
+        wait already."""
+        end = time.monotonic() + seconds
+        if self._watchers >= WATCHERS_MAX:
+            return
+        self._watchers += 1
+        try:
+            while True:
+                self._expire(time.monotonic())
+                left = end - time.monotonic()
+                if version != self.version or left <= 0:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    changed = self._changed.wait()
+                    await asyncio.wait_for(changed, min(left, _EXPIRY_SECONDS))
+        finally:
+            self._watchers -= 1
 
     def entries(self, now_seconds: float) -> list[Entry]:
         """Those that were renewed in time."""
@@ -53,7 +86,10 @@ class Directory:
         self._check(number, secret)
         if number not in self._kept and len(self._kept) >= ENTRIES_MAX:
             raise Refused(507, f"{ENTRIES_MAX} servers are registered, and no more can be")
+        is_new = number not in self._kept
         self._kept[number] = _Kept(entry, secret.encode(), now_seconds + ttl_ns / _NS)
+        if is_new:
+            self._change()
         return ttl_ns
 
     def withdraw(self, number: str, secret: str, now_seconds: float) -> None:
@@ -63,6 +99,7 @@ class Directory:
             raise Refused(404, "there is no such server", "it may have expired")
         self._check(number, secret)
         del self._kept[number]
+        self._change()
 
     def _check(self, number: str, secret: str) -> None:
         kept = self._kept.get(number)
@@ -70,8 +107,11 @@ class Directory:
             raise Refused(403, "this entry is another's", "register under an id of your own")
 
     def _expire(self, now_seconds: float) -> None:
-        for number in [n for n, kept in self._kept.items() if kept.ends_seconds <= now_seconds]:
+        ended = [n for n, kept in self._kept.items() if kept.ends_seconds <= now_seconds]
+        for number in ended:
             del self._kept[number]
+        if ended:
+            self._change()
 
 
 class OwnRegistry(Registry):

@@ -54,6 +54,7 @@ class Request(NamedTuple):
     is_root: bool
     is_tls: bool
     listener: Listener
+    query: str = ""
 
 
 class Response(NamedTuple):
@@ -235,9 +236,10 @@ class _Connection:
                 body = await self._body()
         except TimeoutError as error:
             raise Refused(408, "the request took too long to arrive") from error
+        path, _, query = head.target.decode("latin-1").partition("?")
         return Request(
             self._method,
-            head.target.decode("latin-1").partition("?")[0],
+            path,
             headers,
             body,
             self._address,
@@ -245,6 +247,7 @@ class _Connection:
             self._is_root,
             self._is_tls,
             self._listener,
+            query,
         )
 
     async def _body(self) -> bytes:

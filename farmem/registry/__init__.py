@@ -29,7 +29,8 @@ HINT = (
 _PARAMETERS_HINT = "it takes certificates=FOLDER, or tls=off if its name does not say TLS"
 TEXT_CHARACTERS_MAX = 200
 ENTRIES_MAX = 1024
-_POLL_SECONDS = 1.0
+# How often a registry is asked that can't tell by itself; and nobody is asked more often.
+POLL_SECONDS = 1.0
 
 
 class Entry(NamedTuple):
@@ -69,6 +70,11 @@ def _is_text(found: Any) -> bool:
 
 def _is_size(found: Any) -> bool:
     return type(found) is int and 0 <= found < 1 << 63
+
+
+def ids_of(entries: list[Entry]) -> set[str]:
+    """What tells one set of servers from another."""
+    return {entry.id for entry in entries}
 
 
 class Registry:
@@ -132,9 +138,9 @@ class Registry:
         while True:
             found = self.entries(time.monotonic() + REACH_SECONDS)
             left = deadline - time.monotonic()
-            if {entry.id for entry in found} != {entry.id for entry in known} or left <= 0:
+            if ids_of(found) != ids_of(known) or left <= 0:
                 return found
-            time.sleep(min(_POLL_SECONDS, left))
+            time.sleep(min(POLL_SECONDS, left))
 
 
 def parse_registry(url: str) -> Registry:

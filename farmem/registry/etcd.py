@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from farmem.errors import FarmemError
 from farmem.lease import Answer, Stranger, no_answer, refusal_of
-from farmem.registry import ENTRIES_MAX, HINT, Entry, Registry, entry_of
+from farmem.registry import ENTRIES_MAX, HINT, POLL_SECONDS, Entry, Registry, entry_of, ids_of
 from farmem.servers import REACH_SECONDS, Server, parse_server, seconds_left
 from farmem.tls import HOW_TO, NoTls
 
@@ -78,11 +78,44 @@ class EtcdRegistry(Registry):
 
     def entries(self, deadline: float) -> list[Entry]:
         """The keys below the prefix."""
+        return self._listed(deadline)[0]
+
+    def watch(self, known: list[Entry], deadline: float) -> list[Entry]:
+        """etcd says what has happened since a revision; a renewal is nothing."""
+        while True:
+            begin = time.monotonic()
+            found, revision = self._listed(begin + REACH_SECONDS)
+            if ids_of(found) != ids_of(known) or time.monotonic() >= deadline:
+                return found
+            if not self._has_changed(revision + 1, deadline):
+                end = min(begin + POLL_SECONDS, deadline)
+                time.sleep(max(end - time.monotonic(), 0.0))
+
+    def _range(self) -> dict[str, Any]:
+        """What all keys below the prefix are to etcd."""
         end = self._folder[:-1] + chr(ord("/") + 1)
-        question = {"key": _coded(self._folder), "range_end": _coded(end), "limit": ENTRIES_MAX}
-        found = self._ask("kv/range", question, deadline).get("kvs", [])
-        entries = (self._entry(pair) for pair in found if isinstance(pair, dict))
-        return [entry for entry in entries if entry is not None]
+        return {"key": _coded(self._folder), "range_end": _coded(end)}
+
+    def _listed(self, deadline: float) -> tuple[list[Entry], int]:
+        """And etcd's revision then."""
+        answer = self._ask("kv/range", self._range() | {"limit": ENTRIES_MAX}, deadline)
+        pairs = (pair for pair in answer.get("kvs", []) if isinstance(pair, dict))
+        entries = (self._entry(pair) for pair in pairs)
+        header = answer.get("header")
+        revision = str(header.get("revision", "")) if isinstance(header, dict) else ""
+        found = [entry for entry in entries if entry is not None]
+        return found, int(revision) if revision.isascii() and revision.isdigit() else 0
+
+    def _has_changed(self, revision: int, deadline: float) -> bool:
+        """Whether a key came or went since then, as soon as one does; not: the endpoint that
+        answered last does not tell."""
+        question = {"create_request": self._range() | {"start_revision": str(revision)}}
+        try:
+            control = self._control(self._servers[0], time.monotonic() + REACH_SECONDS)
+            told = control.follow("/v3/watch", question, deadline)
+            return any(_is_change(document.get("result")) for document in told)
+        except (OSError, FarmemError):
+            return False
 
     def _entry(self, pair: dict[str, Any]) -> Entry | None:
         try:
@@ -112,8 +145,7 @@ class EtcdRegistry(Registry):
             except _Passed as error:
                 failures.append(error)
                 continue
-            self._servers.remove(server)
-            self._servers.insert(0, server)
+            self._servers = [server, *(other for other in self._servers if other is not server)]
             if answer.status != 200:
                 raise FarmemError(f"{self.name}: etcd said: {_said(answer)}", _ANY_HINT)
             return answer.document
@@ -140,6 +172,18 @@ class EtcdRegistry(Registry):
             hint = _GATEWAY_HINT if control.is_tls else _ANY_HINT
             raise _Passed(f"{server.name}: etcd said: {_said(answer)}", hint)
         return answer
+
+
+def _is_change(result: Any) -> bool:
+    """A key that was made, or is gone; none that was only written anew."""
+    events = result.get("events") if isinstance(result, dict) else None
+    for event in events if isinstance(events, list) else []:
+        pair = event.get("kv") if isinstance(event, dict) else None
+        if isinstance(pair, dict):
+            is_new = pair.get("create_revision") == pair.get("mod_revision")
+            if event.get("type") == "DELETE" or is_new:
+                return True
+    return False
 
 
 def _said(answer: Answer) -> str:

@@ -8,13 +8,16 @@ withdraw it.
 import secrets
 import time
 from typing import Any
+from urllib.parse import urlencode
 
 from farmem.errors import FarmemError
 from farmem.lease import Answer, refusal_of, unreachable
-from farmem.registry import HINT, Entry, Registry, entry_of
+from farmem.registry import HINT, POLL_SECONDS, Entry, Registry, entry_of, ids_of
 from farmem.servers import REACH_SECONDS, parse_server
 
 _NS = 1_000_000_000
+_PATH = "/v1/registry"
+_WAIT_SECONDS = 20.0
 _NO_REGISTRY = "start the server there with --registry, or name another"
 
 
@@ -34,21 +37,37 @@ class HttpRegistry(Registry):
     def register(self, entry: Entry, ttl_seconds: float, deadline: float) -> None:
         """List a server, or renew it: to this registry it is the same."""
         document = {**entry.document(), "ttl_ns": int(ttl_seconds * _NS)}
-        self._call("PUT", f"/v1/registry/{entry.id}", deadline, document)
+        self._call("PUT", f"{_PATH}/{entry.id}", deadline, document)
 
     def withdraw(self, entry: Entry, deadline: float) -> None:
         """List it no more."""
-        self._call("DELETE", f"/v1/registry/{entry.id}", deadline)
+        self._call("DELETE", f"{_PATH}/{entry.id}", deadline)
 
     def entries(self, deadline: float) -> list[Entry]:
         """All that are listed."""
-        found = self._call("GET", "/v1/registry", deadline).document.get("servers")
-        servers = found if isinstance(found, dict) else {}
-        entries = (entry_of(number, document) for number, document in servers.items())
-        return [entry for entry in entries if entry is not None]
+        return _entries_of(self._call("GET", _PATH, deadline).document)
 
-    def _call(self, method: str, path: str, deadline: float, body: Any = None) -> Answer:
-        deadline = min(deadline, time.monotonic() + REACH_SECONDS)
+    def watch(self, known: list[Entry], deadline: float) -> list[Entry]:
+        """The server answers when others are listed.  One that answers at once, because too many
+        wait there, is asked again later."""
+        version, seconds = "", 0.0
+        while True:
+            begin = time.monotonic()
+            answer = self._call("GET", _path(version, seconds), begin + REACH_SECONDS, wait=seconds)
+            found, now = _entries_of(answer.document), time.monotonic()
+            if ids_of(found) != ids_of(known) or now >= deadline:
+                return found
+            told = answer.document.get("version")
+            version = told if isinstance(told, str) else ""
+            if now - begin < min(seconds, POLL_SECONDS) or not version:
+                time.sleep(min(POLL_SECONDS, deadline - now))
+            seconds = max(min(deadline - time.monotonic(), _WAIT_SECONDS), 0.0)
+
+    def _call(
+        self, method: str, path: str, deadline: float, body: Any = None, wait: float = 0.0
+    ) -> Answer:
+        """`wait`: how long it may take the server to find an answer."""
+        deadline = min(deadline, time.monotonic() + REACH_SECONDS) + wait
         try:
             control = self._control(self._server, deadline)
             token = self._secret if method != "GET" else ""
@@ -61,3 +80,16 @@ class HttpRegistry(Registry):
             what, hint = refusal_of(answer)
             raise FarmemError(f"{self.name}: {what}", hint)
         return answer
+
+
+def _path(version: str, seconds: float) -> str:
+    if not version:
+        return _PATH
+    return f"{_PATH}?{urlencode({'version': version, 'wait_ns': int(seconds * _NS)})}"
+
+
+def _entries_of(document: dict[str, Any]) -> list[Entry]:
+    found = document.get("servers")
+    servers = found if isinstance(found, dict) else {}
+    entries = (entry_of(number, document) for number, document in servers.items())
+    return [entry for entry in entries if entry is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -55,6 +56,15 @@ class Member:
 
     def said(self) -> str:
         return (self.folder / f"{self.name}.log").read_text()
+
+    def watchers(self) -> int:
+        """How many wait for a change."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        with urllib.request.urlopen(url, timeout=LIMIT_S) as answer:
+            text = answer.read().decode()
+        found = re.search(r"^etcd_debugging_mvcc_watcher_total (\d+)$", text, re.MULTILINE)
+        assert found, text
+        return int(found[1])
 
     def put(self, key: str, value: str) -> None:
         """By somebody else."""

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from farmem import registry as registries
 from farmem.errors import FarmemError
 from farmem.registry import Entry, Registry, parse_registry
+from farmem.registry import etcd as registry_etcd
 from tests.harness import assert_ok, compile_c, run_farmem
 from tests.pools.etcd_servers import LIMIT_S, Member, etcd, registry_of, soon, url_of
 from tests.pools.nbd_servers import free_port
 from tests.pools.serving import serving, until
+from tests.pools.watched import Watched
 
 pytestmark = pytest.mark.pools
 ENTRY = Entry("ab01", "tcp://rack7:7717", "rack7", "ab01", 1 << 30, 1 << 29)
@@ -69,6 +72,25 @@ def test_it_waits_for_a_change() -> None:
         registry.register(ENTRY, 30, soon())
         assert registry.watch([], soon()) == [ENTRY]
         assert registry.watch([ENTRY], time.monotonic() + 0.1) == [ENTRY]
+
+
+def test_it_is_told_of_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """etcd says so: nobody polls here.  A renewal is no change."""
+    monkeypatch.setattr(registries, "POLL_SECONDS", 1e6)
+    monkeypatch.setattr(registry_etcd, "POLL_SECONDS", 1e6)
+    with etcd() as members:
+        registry = registry_of(members)
+        registry.register(ENTRY, 30, soon())
+        other = ENTRY._replace(id="cd02", url="tcp://rack8:7717")
+        for change, known, then in (
+            (lambda: registry.register(other, 30, soon()), [ENTRY], [ENTRY, other]),
+            (lambda: registry.withdraw(other, soon()), [ENTRY, other], [ENTRY]),
+        ):
+            watched = Watched(registry_of(members), known)
+            until(lambda: members[0].watchers() == 1, "its question", LIMIT_S)
+            registry.renew(ENTRY, 30, soon())
+            change()
+            assert watched.urls() == {entry.url for entry in then}
 
 
 def test_a_member_that_is_dead_from_the_start() -> None:

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+from farmem import registry
 from farmem.errors import FarmemError
 from farmem.registry import Entry, parse_registry
+from farmem.registry import http as registry_http
 from tests.harness import FARMEM
 from tests.pools.nbd_servers import free_port, nbd_server
 from tests.pools.serving import MIB, Server, refuses, serving, until
+from tests.pools.tls_run import Wire
+from tests.pools.watched import Watched
 
 pytestmark = pytest.mark.pools
 LIMIT_S = 30
@@ -100,9 +104,9 @@ def test_one_that_is_killed_expires() -> None:
 def test_a_registry_that_comes_later_and_goes_and_comes_back() -> None:
     """It is said that it can't be reached, and tried again."""
     port = free_port()
-    registry = f"registry+http://127.0.0.1:{port}"
+    url = f"registry+http://127.0.0.1:{port}"
     listens = (f"127.0.0.1:{port}",)
-    with serving("--register", registry, "--ttl", "1s") as other:
+    with serving("--register", url, "--ttl", "1s") as other:
 
         def said(what: str, times: int) -> bool:
             return other.log.count(what) >= times
@@ -150,6 +154,41 @@ def test_an_entry_belongs_to_who_made_it() -> None:
         assert number in keeper.ask("GET", "/v1/registry")[1]["servers"]
         assert keeper.ask("DELETE", path, token="x" * 64)[0] == 204
         assert "x" * 64 not in keeper.log
+
+
+def test_who_waits_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers when there is something to say: who asks again comes too late here."""
+    monkeypatch.setattr(registry, "POLL_SECONDS", 1e6)
+    monkeypatch.setattr(registry_http, "POLL_SECONDS", 1e6)
+    with serving("--registry", capacity="64M") as keeper:
+        known = list(until(lambda: listed(keeper), "its entry").values())
+
+        def watched(known: list[Entry]) -> Watched:
+            wire = Wire(keeper.port)
+            found = Watched(parse_registry(f"registry+http://127.0.0.1:{wire.port}"), known)
+            until(lambda: b"wait_ns" in wire.bytes_seen(), "its question")
+            return found
+
+        before = watched(known)
+        with serving("--register", registry_of(keeper)) as other:
+            assert before.urls() == {url_of(keeper), url_of(other)}
+            after = watched(before.found)
+        assert after.urls() == {url_of(keeper)}
+
+
+def test_waiting_is_asked_for_properly() -> None:
+    with serving("--registry") as keeper:
+        until(lambda: listed(keeper), "its entry")
+        status, first = keeper.ask("GET", "/v1/registry")
+        assert status == 200
+        version = first["version"]
+        for wait in ("0", "1000000"):
+            path = f"/v1/registry?version={version}&wait_ns={wait}"
+            assert keeper.ask("GET", path) == (200, first)
+        assert keeper.ask("GET", "/v1/registry?version=x&wait_ns=60000000000") == (200, first)
+        for wait in ("", "-1", "1e3", "60000000001", "9" * 5000, "%C2%B2"):
+            status, found = keeper.ask("GET", f"/v1/registry?version={version}&wait_ns={wait}")
+            assert status == 400 and "wait_ns" in found["error"], wait
 
 
 def _soon() -> float:

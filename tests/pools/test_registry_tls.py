@@ -11,14 +11,20 @@ import json
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from farmem import registry as registries
 from farmem.errors import FarmemError
+from farmem.lease import Answer, Control
 from farmem.registry import Entry, Registry, parse_registry
+from farmem.registry import etcd as registry_etcd
+from farmem.registry import http as registry_http
 from farmem.tls import Tls
 from tests.harness import FARMEM, assert_ok, compile_c, run_farmem
 from tests.pools.certificates import copy_with, expire, make_certificates, revoke
@@ -26,6 +32,7 @@ from tests.pools.etcd_servers import etcd
 from tests.pools.nbd_servers import free_port
 from tests.pools.serving import refuses, serving, until
 from tests.pools.tls_run import Wire, tls_nbdkit, tls_words
+from tests.pools.watched import Watched
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
 KINDS = ("http", "etcd")
@@ -142,6 +149,38 @@ def test_servers_register_are_listed_and_used(kind: str, by_url: bool, folder: P
         wire.close()
     assert_ok(result)
     assert wire.bytes_seen() and b"tcp://" not in wire.bytes_seen()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_is_told_by_tls_too(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the tests without: nobody comes in time who asks again."""
+    waits = threading.Event()
+    follow, call = Control.follow, Control.call
+
+    def followed(self: Control, *words: Any) -> Iterator[dict[str, Any]]:
+        waits.set()
+        return follow(self, *words)
+
+    def called(self: Control, method: str, path: str, *words: Any) -> Answer:
+        if "wait_ns" in path:
+            waits.set()
+        return call(self, method, path, *words)
+
+    monkeypatch.setattr(Control, "follow", followed)
+    monkeypatch.setattr(Control, "call", called)
+    for module in (registries, registry_http, registry_etcd):
+        monkeypatch.setattr(module, "POLL_SECONDS", 1e6)
+    with keeping(kind, folder / "ours") as port:
+        registry = asked(url_of(kind, port), folder / "ours")
+        known = []
+        if kind == "http":
+            known = until(lambda: registry.entries(soon()), "its own entry")
+        watched = Watched(asked(url_of(kind, port), folder / "ours"), known)
+        assert waits.wait(LIMIT_S)
+        registry.register(Entry("ab", "tcp://rack7:1", "rack7", "ab"), 30, soon())
+        assert "tcp://rack7:1" in watched.urls()
 
 
 def test_endpoints_that_are_no_use_are_passed_by(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farmem import poolservers
 from farmem.errors import FarmemError
-from farmem.pool.directory import Directory, OwnRegistry
+from farmem.pool.directory import WATCHERS_MAX, Directory, OwnRegistry
 from farmem.pool.leases import Refused
+from farmem.pools import Pool
 from farmem.registry import ENTRIES_MAX, Entry, entry_of, parse_registry
 from farmem.tls import Tls
 
@@ -177,6 +180,75 @@ def test_what_is_not_renewed_goes() -> None:
     assert [entry.free_bytes for entry in directory.entries(120.0)] == [5]
     directory.withdraw("2", SECRET, 121.0)
     assert directory.entries(121.0) == []
+
+
+def test_whoever_waits_is_told_of_others_and_of_nothing_else() -> None:
+    """A renewal, and what is free, are no change; what has expired is one, though nobody looks."""
+    directory = Directory()
+
+    async def told(version: str, seconds: float = 60) -> str:
+        await directory.wait(version, seconds)
+        return directory.version
+
+    async def play() -> None:
+        versions = [directory.version]
+        for change in (
+            lambda: directory.put("1", SECRET, document(), time.monotonic()),
+            lambda: directory.put("2", SECRET, document(), time.monotonic()),
+            lambda: directory.withdraw("2", SECRET, time.monotonic()),
+        ):
+            waiting = asyncio.ensure_future(told(versions[-1]))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            change()
+            versions.append(await waiting)
+        directory.put("1", SECRET, document(ttl_ns=NS, free_bytes=7), time.monotonic())
+        assert await told(versions[-1], 0) == versions[-1]
+        assert await told("of another server") == versions[-1]
+        versions.append(await told(versions[-1]))
+        assert directory.entries(time.monotonic()) == []
+        assert len(set(versions)) == len(versions)
+
+    asyncio.run(play())
+
+
+def test_too_many_that_wait_do_not() -> None:
+    directory = Directory()
+
+    async def play() -> None:
+        waiting = [
+            asyncio.ensure_future(directory.wait(directory.version, 60))
+            for _ in range(WATCHERS_MAX)
+        ]
+        await asyncio.sleep(0)
+        await directory.wait(directory.version, 60)
+        assert not any(task.done() for task in waiting)
+        directory.put("1", SECRET, document(), time.monotonic())
+        await asyncio.gather(*waiting)
+        waits = asyncio.ensure_future(directory.wait(directory.version, 60))
+        await asyncio.sleep(0)
+        assert not waits.done()
+        waits.cancel()
+
+    asyncio.run(play())
+
+
+def test_a_job_learns_of_a_server_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list is never fetched anew by itself here."""
+    monkeypatch.setattr(poolservers, "_LIST_SECONDS", 1e9)
+    registry = OwnRegistry(Directory())
+    sources = poolservers.Sources(Pool("x", 0, registry=registry), Tls())
+    assert sources.choices(time.monotonic()) == []
+    sources.watch()
+    assert not sources.has_news()
+    registry.register(Entry("1", "tcp://rack7:7717", "rack7", "abc", 8, 4), 60, soon())
+    end = time.monotonic() + 60
+    while not sources.has_news():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert [server.url for server in sources.choices(time.monotonic())] == ["tcp://rack7:7717"]
+    assert not sources.has_news()
+    sources.stop()
 
 
 def test_an_entry_is_its_makers() -> None:
