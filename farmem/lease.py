@@ -124,10 +124,10 @@ class Control:
         self._may_be_plain = False  # what has spoken TLS once does so always
         try:
             data = _exchange(sock, request, deadline)
+        except (ssl.SSLEOFError, ConnectionError):
+            data = b""  # the handshake went well: it can't be that there is no TLS
         except ssl.SSLError as error:
             raise self._secure.error_of(error) from error
-        except ConnectionError:
-            data = b""
         if not data:
             raise self._secure.unanswered()
         return data

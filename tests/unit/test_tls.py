@@ -2,10 +2,12 @@
 is connected to; how the address of an agent is told to engines."""
 
 import socket
+import ssl
 from pathlib import Path
 
 import pytest
 
+from farmem import lease, tls
 from farmem.errors import FarmemError
 from farmem.servers import Address, Server, is_loopback, parse_server
 from farmem.tls import AUTHORITY, CERTIFICATE, KEY, OFF, ON, REQUIRE, Tls, client_context, parse_tls
@@ -101,6 +103,22 @@ def test_a_folder_holds_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert parse_tls("", "x") == Tls("", str(tmp_path / "x"))
     assert parse_tls("", "") == Tls()
+
+
+@pytest.mark.parametrize("error", [ssl.SSLEOFError(8, "EOF occurred"), BrokenPipeError()])
+def test_a_server_that_hangs_up_behind_the_handshake_speaks_tls(
+    error: OSError, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """How its end is seen, when it does not take our certificate, is a matter of who is faster."""
+
+    def exchange(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(tls, "client_context", lambda _: None)
+    monkeypatch.setattr(lease, "_exchange", exchange)
+    control = lease.Control(TCP, HERE, Tls(REQUIRE, folder))
+    with pytest.raises(FarmemError, match="does it take the certificate in"):
+        control._exchanged(socket.socket(), b"", 0.0)
 
 
 def test_addresses_as_the_kernel_and_other_programs_want_them() -> None:
