@@ -358,6 +358,7 @@ static bool nbd_open(struct fm_backend *b)
     __builtin_memset(n, 0, offsetof(struct fm_nbd, request));     /* in the child of a fork it is the parent's */
     n->b = b;
     n->server = &b->chain->servers[b->number];
+    fm_talk_begin(&n->talk, b, n->server);
     n->span = fm_pool_span(b->chain->ledger, b->number);
     for (uint32_t k = 0; k < FM_NBD_CONNECTIONS; k++) {
         n->connection[k].server = n;

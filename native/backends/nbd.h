@@ -4,6 +4,7 @@
 #define FM_NBD_H
 
 #include "backend.h"
+#include "talk.h"
 
 #define FM_NBD_CONNECTIONS 4u
 #define FM_NBD_TRIM 0u                       /* the place of the one TRIM under way; behind it the others', by first frame */
@@ -59,8 +60,7 @@ struct fm_nbd {
     uint32_t flags;                   /* of the export; 0: not known yet */
     uint32_t trim_bell, trim_done;
     uint32_t trimmer;                 /* there is one */
-    uint32_t told_lost;
-    uint64_t silent_since_ns;         /* the tender's */
+    struct fm_talk talk;
     uint32_t requests_n;              /* none was ever at a place behind it */
     struct fm_nbd_request request[FM_NBD_REQUESTS];
 };
@@ -91,7 +91,6 @@ void fm_nbd_begin(struct fm_nbd *n);                                  /* have th
 /* nbd_tender.c */
 bool fm_nbd_tend(struct fm_nbd *n);                                   /* from now on; false: no thread can be had */
 void fm_nbd_ring(void);                                               /* the tender */
-void fm_nbd_say(struct fm_nbd *n, int level, const char *text, const char *more, uint64_t number);
 void fm_nbd_say_lost(struct fm_nbd *n);
 void fm_nbd_is_gone(struct fm_nbd *n, const char *why);
 bool fm_nbd_trim_later(struct fm_nbd *n);                             /* false: nobody will */

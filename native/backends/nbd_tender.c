@@ -11,7 +11,6 @@
 #include "fm_assert.h"
 #include "nbd.h"
 
-#define SILENT_NS 2000000000ull         /* then it is worth a word */
 #define TICK_NS 250000000ull
 #define GATHER_NS 10000000ull           /* for the neighbours of an extent that has become empty */
 
@@ -26,18 +25,6 @@ static bool is_open(const struct fm_nbd *n) { return (fm_nbd_load(&tending.open)
 
 /* ---- words --------------------------------------------------------------------------------------------- */
 
-void fm_nbd_say(struct fm_nbd *n, int level, const char *text, const char *more, uint64_t number)
-{
-    char line[FM_MESSAGE_BYTES];
-    const char *part[] = { "the pool's server ", n->server->name, " ", text, more };
-    uint32_t at = 0;
-    for (uint32_t k = 0; k < sizeof part / sizeof part[0]; k++)
-        for (const char *s = part[k]; *s != 0 && at + 1 < sizeof line; s++)
-            line[at++] = *s;
-    line[at] = 0;
-    n->b->chain->say(level, line, number);
-}
-
 static uint64_t stored_bytes(const struct fm_nbd *n)
 {
     return fm_pool_ledger_span_used(n->b->chain->ledger->base, n->b->number) * FM_PAGE_BYTES;
@@ -50,36 +37,15 @@ static void shut(struct fm_nbd *n, bool on)
         fm_nbd_store(&n->server->down, on);
 }
 
-void fm_nbd_say_lost(struct fm_nbd *n)
-{
-    if (__atomic_exchange_n(&n->told_lost, 1, __ATOMIC_SEQ_CST) == 0)
-        fm_nbd_say(n, FM_LEVEL_ERROR, "has not answered for too long:", " what is touched of its pages is lost; bytes there",
-                   stored_bytes(n));
-}
+void fm_nbd_say_lost(struct fm_nbd *n) { fm_talk_lost(&n->talk, stored_bytes(n)); }
 
 /* What is here of its pages is not to be thrown away any more as having a copy there, and nothing new goes there. */
 void fm_nbd_is_gone(struct fm_nbd *n, const char *why)
 {
     shut(n, true);
     if (__atomic_exchange_n(&n->gone, 1, __ATOMIC_SEQ_CST) == 0 && fm_nbd_load(&n->server->gone) != FM_SERVER_GIVEN_BACK)
-        fm_nbd_say(n, FM_LEVEL_ERROR, why, ": what was stored there is lost; bytes", stored_bytes(n));
+        fm_talk_say(&n->talk, FM_LEVEL_ERROR, why, ": what was stored there is lost; bytes", stored_bytes(n));
     fm_nbd_ring();
-}
-
-static void say_how_it_is(struct fm_nbd *n, uint64_t now, uint64_t since, bool up)
-{
-    uint64_t limit = n->server->timeout_ns / 2 < SILENT_NS ? n->server->timeout_ns / 2 : SILENT_NS;
-    bool silent = now - since > limit;
-    if (silent && n->silent_since_ns == 0) {
-        n->silent_since_ns = since;
-        fm_nbd_say(n, FM_LEVEL_WARNING, "does not answer.", " Whoever needs a page that is there waits.", 0);
-    } else if (!silent && up && n->silent_since_ns != 0) {
-        uint64_t silent_ns = now - n->silent_since_ns;
-        n->silent_since_ns = 0;
-        fm_nbd_store(&n->told_lost, 0);
-        fm_add(n->b->chain->count->pool_silent_ns, silent_ns);
-        fm_nbd_say(n, FM_LEVEL_WARNING, "answers again;", " it was silent for so many ms:", silent_ns / 1000000);
-    }
 }
 
 /* ---- the tender ---------------------------------------------------------------------------------------- */
@@ -125,7 +91,7 @@ static void look(struct fm_nbd *n)
     if (waits && !hopeless)
         fm_nbd_begin(n);
     if (!fm_nbd_gone(n))
-        say_how_it_is(n, now, since, up);
+        fm_talk_look(&n->talk, now, since, up);
     overdue |= fm_nbd_gone(n);               /* what still comes from there is of no use */
     for (struct fm_nbd_connection *c = n->connection; overdue && c < n->connection + FM_NBD_CONNECTIONS; c++)
         half_close(c);

@@ -18,7 +18,6 @@
 #include "engine/sys.h"
 #include "fm_assert.h"
 
-#define SILENT_NS 2000000000ull         /* then it is worth a word */
 #define USERS_STEP_NS 10000
 
 struct fm_rdma fm_rdma;
@@ -45,26 +44,9 @@ static bool hopeless(uint64_t now)
 
 /* ---- ends ---------------------------------------------------------------------------------------------- */
 
-static void say(int level, const char *text, const char *more, uint64_t number)
-{
-    char line[FM_MESSAGE_BYTES];
-    const char *part[] = { "the pool's server ", fm_rdma.server->name, " ", text, more };
-    uint32_t at = 0;
-    for (uint32_t k = 0; k < sizeof part / sizeof part[0]; k++)
-        for (const char *s = part[k]; *s != 0 && at + 1 < sizeof line; s++)
-            line[at++] = *s;
-    line[at] = 0;
-    fm_rdma.b->chain->say(level, line, number);
-}
-
 static uint64_t stored_bytes(void) { return fm_pool_ledger_used(fm_rdma.b->chain->ledger->base) * FM_PAGE_BYTES; }
 
-static void say_lost(void)
-{
-    if (__atomic_exchange_n(&fm_rdma.told_lost, 1, __ATOMIC_SEQ_CST) == 0)
-        say(FM_LEVEL_ERROR, "has not answered for too long:", " what is touched of its pages is lost; bytes there",
-            stored_bytes());
-}
+static void say_lost(void) { fm_talk_lost(&fm_rdma.talk, stored_bytes()); }
 
 static void tell(struct fm_io *io, int32_t status, bool final)
 {
@@ -185,27 +167,11 @@ void fm_rdma_went_down(void)
 
 /* ---- deadlines ----------------------------------------------------------------------------------------- */
 
-static void say_how_it_is(uint64_t now, uint64_t since, bool up)
-{
-    uint64_t limit = fm_rdma.server->timeout_ns / 2 < SILENT_NS ? fm_rdma.server->timeout_ns / 2 : SILENT_NS;
-    bool silent = now - since > limit;
-    if (silent && fm_rdma.silent_since_ns == 0) {
-        fm_rdma.silent_since_ns = since;
-        say(FM_LEVEL_WARNING, "does not answer.", " Whoever needs a page that is there waits.", 0);
-    } else if (!silent && up && fm_rdma.silent_since_ns != 0) {
-        uint64_t silent_ns = now - fm_rdma.silent_since_ns;
-        fm_rdma.silent_since_ns = 0;
-        fm_rdma_store(&fm_rdma.told_lost, 0);
-        fm_add(fm_rdma.b->chain->count->pool_silent_ns, silent_ns);
-        say(FM_LEVEL_WARNING, "answers again;", " it was silent for so many ms:", silent_ns / 1000000);
-    }
-}
-
 static void see_whether_gone(void)
 {
     if (__atomic_load_n(&fm_rdma.server->gone, __ATOMIC_SEQ_CST) != 0 &&
         __atomic_exchange_n(&fm_rdma.gone, 1, __ATOMIC_SEQ_CST) == 0)
-        say(FM_LEVEL_ERROR, "has ended our lease", ": what was stored there is lost; bytes", stored_bytes());
+        fm_talk_say(&fm_rdma.talk, FM_LEVEL_ERROR, "has ended our lease", ": what was stored there is lost; bytes", stored_bytes());
 }
 
 /* Those that nobody has in hand and that are due; *under_way: one is due that the agent has. */
@@ -239,7 +205,7 @@ bool fm_rdma_look(void)
         failed = take_due(now, &under_way);
     fm_lock_drop(&fm_rdma.lock);
     if (!is_gone())
-        say_how_it_is(now, since, up);
+        fm_talk_look(&fm_rdma.talk, now, since, up);
     fail_all(failed);
     return under_way || is_gone();
 }
@@ -299,6 +265,7 @@ static bool rdma_open(struct fm_backend *b)
     __builtin_memset(&fm_rdma, 0, sizeof fm_rdma);       /* in the child of a fork it is the parent's */
     fm_rdma.b = b;
     fm_rdma.server = &b->chain->servers[0];
+    fm_talk_begin(&fm_rdma.talk, b, fm_rdma.server);
     fm_rdma.down_since_ns = fm_now_ns();
     fm_rdma.sock = -1;
     return fm_rdma_start();

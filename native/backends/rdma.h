@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "rdma_ring.h"
+#include "talk.h"
 
 enum fm_rdma_state {
     FM_RDMA_NONE = 0,
@@ -29,9 +30,8 @@ struct fm_rdma {
     uint32_t up;                      /* there is a session */
     uint32_t users;                   /* threads that issue: the session's memory stays meanwhile */
     uint32_t gone;                    /* what was stored there can't be had any more */
-    uint32_t told_lost;
+    struct fm_talk talk;
     uint64_t down_since_ns;           /* while none is up: since when nothing has come */
-    uint64_t silent_since_ns;         /* rdma_session.c's thread's */
     /* the session, of its thread and of users */
     int sock;
     struct fm_rdma_ring *ring;
