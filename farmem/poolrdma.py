@@ -23,12 +23,13 @@ from farmem import _native
 from farmem.agent import START_SECONDS, Agent, program_path
 from farmem.errors import FarmemError
 from farmem.lease import Control, Lease, acquire, refusal_of, unreachable
+from farmem.poolentry import Way, end_entry, fill_entry
 from farmem.pools import EXTENT_BYTES, Pool, host_memory_bytes
 from farmem.running import printable
-from farmem.servers import NAME_BYTES_MAX, REACH_SECONDS, Server, addresses_of, why
+from farmem.servers import REACH_SECONDS, Server, addresses_of, why
 from farmem.tls import PLAIN, Tls
 
-ffi, lib = _native.ffi, _native.lib
+lib = _native.lib
 
 PROGRAM = "farmem-rdma"
 LIBRARY = "libibverbs.so.1"
@@ -195,12 +196,8 @@ class PoolRdma:
         """Tell the engine where the agent is."""
         self._there = there = control.pool_servers[0]
         address = struct.pack("=H", socket.AF_UNIX) + os.fsencode(self._address)
-        there.timeout_ns = timeout_ns
-        there.address_bytes, there.export_bytes = len(address), len(self._token)
-        ffi.memmove(there.address, address, len(address))
-        ffi.memmove(there.export_name, self._token, len(self._token))
-        name = os.fsencode(self._server.name)[:NAME_BYTES_MAX]
-        ffi.memmove(there.name, name, len(name))
+        way = Way(lib.FM_SERVER_NONE, address, self._token)
+        fill_entry(there, self._server.name, way, timeout_ns)
 
     def keep(self, say: Callable[[str], None]) -> None:
         """The supervisor's: see that the memory stays ours, and that the agent runs."""
@@ -237,8 +234,7 @@ class PoolRdma:
             self._say(f"warning: {text}")
 
     def _is_lost(self) -> None:
-        """The engines need not wait for what does not come."""
-        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GONE)
+        end_entry(self._there, lib.FM_SERVER_GONE)
 
     def discard(self) -> None:
         """The job has ended, or never began."""

@@ -4,7 +4,6 @@ With TLS what the engines connect to is an agent's socket (tlsagent.py), and the
 the server.
 """
 
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -14,9 +13,9 @@ from farmem import _native
 from farmem.errors import FarmemError
 from farmem.lease import FREE_SECONDS, Control, Lease, acquire, standing, unreachable
 from farmem.nbd import Export, ask_export, say_goodbye
+from farmem.poolentry import Way, end_entry, fill_entry
 from farmem.pools import EXTENT_BYTES, host_memory_bytes
 from farmem.servers import (
-    NAME_BYTES_MAX,
     Address,
     Server,
     addresses_of,
@@ -29,7 +28,7 @@ from farmem.tls import HOW_TO, NO_TLS, PLAIN, REQUIRE, NoTls, Tls
 if TYPE_CHECKING:
     from farmem.tlsagent import TlsAgent
 
-ffi, lib = _native.ffi, _native.lib
+lib = _native.lib
 
 _AGAIN_SECONDS = 0.1
 
@@ -164,14 +163,8 @@ class PoolServer:
     def fill(self, there: Any, timeout_ns: int) -> None:
         """Tell the engine where it is: a struct fm_pool_server."""
         self._there = there
-        address = self._address.packed()
-        there.timeout_ns = timeout_ns
-        there.address_bytes, there.export_bytes = len(address), len(self._export)
-        ffi.memmove(there.address, address, len(address))
-        ffi.memmove(there.export_name, self._export, len(self._export))
-        name = os.fsencode(self._server.name)[:NAME_BYTES_MAX]
-        ffi.memmove(there.name, name, len(name))
-        there.kind = lib.FM_SERVER_NBD
+        way = Way(lib.FM_SERVER_NBD, self._address.packed(), self._export)
+        fill_entry(there, self._server.name, way, timeout_ns)
 
     def keep(self, say: Callable[[str], None]) -> None:
         """The supervisor's: see that the memory stays ours, and can be reached."""
@@ -181,8 +174,7 @@ class PoolServer:
             self._agent.keep(say)
 
     def _is_lost(self) -> None:
-        """The engines need not wait for what does not come."""
-        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GONE)
+        end_entry(self._there, lib.FM_SERVER_GONE)
 
     @property
     def is_useful(self) -> bool:
@@ -196,7 +188,7 @@ class PoolServer:
 
     def give_back(self) -> None:
         """Nothing is stored there: the engines let go of it, and say nothing."""
-        lib.fm_word_swap(ffi.addressof(self._there, "gone"), 0, lib.FM_SERVER_GIVEN_BACK)
+        end_entry(self._there, lib.FM_SERVER_GIVEN_BACK)
         self.release()
 
     def release(self) -> None:
