@@ -85,7 +85,8 @@ class Agent:
         self._lines: list[str] = []
         self._ended = False
         self._keeper: threading.Thread | None = None
-        self._ending = threading.Lock()
+        self._ending = threading.Lock()  # of the leash and the process
+        self._telling = threading.Lock()
         self._pauses = Pauses()
         self._talk = Talk()
 
@@ -100,7 +101,6 @@ class Agent:
         except TimeoutError as error:
             self._abandon()
             raise FarmemError(f"{self.name} does not start", "try again") from error
-        self.starts += 1
         if line == _READY:
             return
         said = line or (self._lines[-1] if self._lines else "")
@@ -109,10 +109,14 @@ class Agent:
             said = f"{_REFUSED}\t{self.name} has ended: {said or 'without a word'}\ttry again"
         raise _error_of(said)
 
-    def tell(self, line: str) -> None:
-        """Write a line to its stdin.  OSError: it has gone."""
-        assert self._leash is not None
-        self._leash.sendall(line.encode() + b"\n")
+    def tell(self, line: str, start: int | None = None) -> None:
+        """Write a line to its stdin, or to that of one start of it.  OSError: it has gone."""
+        with self._ending:
+            leash = self._leash if start in (None, self.starts) else None
+        if leash is None:
+            raise ConnectionResetError(f"{self.name} has ended")
+        with self._telling:
+            leash.sendall(line.encode() + b"\n")
 
     def hear(self, deadline: float | None = None, *, waiting: bool = True) -> str | None:
         """The next line that it writes; None: it has ended.  TimeoutError: not in time."""
@@ -214,7 +218,9 @@ class Agent:
                 os.waitpid(middle, 0)
             tell.close()
             _, pidfds, _, _ = socket.recv_fds(told, 1, 1)
-        self._leash, self._rest, self._lines = ours, b"", []
+        with self._ending:
+            self._leash, self._rest, self._lines = ours, b"", []
+            self.starts += 1
         if not pidfds:
             self._abandon()
             raise FarmemError(f"{self.name} could not be started", "try again")

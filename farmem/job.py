@@ -27,7 +27,6 @@ from farmem.tls import Tls
 
 if TYPE_CHECKING:
     from farmem.poolfile import PoolFile
-    from farmem.poolrdma import PoolRdma
     from farmem.poolservers import PoolServers
 
 ffi, lib = _native.ffi, _native.lib
@@ -129,8 +128,7 @@ class Job:
         control.backend = lib.FM_BACKEND_FILE if request.pool.path else lib.FM_BACKEND_MEM
         if request.pool.is_elsewhere:
             there: Any = self.pool  # on servers
-            is_rdma = request.pool.is_rdma
-            control.backend = lib.FM_BACKEND_RDMA if is_rdma else lib.FM_BACKEND_SERVERS
+            control.backend = lib.FM_BACKEND_SERVERS
             there.fill(control, self.ledger.pointer, request.pool_timeout_ns)
         control.file_io = request.file_io
         control.userfaultfd_way = request.userfaultfd_way
@@ -159,8 +157,7 @@ def _memory_for(pool: Pool, name: str, size_bytes: int) -> Memory:
 
 def _open_ledger(pool: Pool) -> Memory:
     ledger = _memory_for(pool, "farmem-ledger", lib.fm_pool_ledger_bytes(pool.capacity_bytes))
-    has_spans = pool.is_elsewhere and not pool.is_rdma
-    begin = lib.fm_pool_ledger_init_empty if has_spans else lib.fm_pool_ledger_init
+    begin = lib.fm_pool_ledger_init_empty if pool.is_elsewhere else lib.fm_pool_ledger_init
     if begin(ledger.pointer, pool.capacity_bytes) != 0:
         raise FarmemError(
             f"pool {pool.url!r} is larger than a job can address", smaller_pool_hint(pool)
@@ -168,18 +165,15 @@ def _open_ledger(pool: Pool) -> Memory:
     return ledger
 
 
-def _open_elsewhere(request: Request) -> "PoolServers | PoolRdma":
-    if request.pool.is_rdma:
-        from farmem.poolrdma import PoolRdma, Wanted
-
-        wanted = Wanted(request.rdma_device, request.rdma_gid_index)
-        return PoolRdma(request.pool, wanted, request.tls)
+def _open_elsewhere(request: Request) -> "PoolServers":
     from farmem.poolservers import PoolServers
+    from farmem.rdmaagent import Wanted
 
-    return PoolServers(request.pool, request.budget_bytes, request.tls)
+    rdma = Wanted(request.rdma_device, request.rdma_gid_index)
+    return PoolServers(request.pool, request.budget_bytes, request.tls, rdma)
 
 
-def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers | PoolRdma, Request]":
+def _open_pool(request: Request) -> "tuple[Memory | PoolFile | PoolServers, Request]":
     """The pool, and the request with what the pool is known to have now."""
     pool = request.pool
     if pool.is_elsewhere:

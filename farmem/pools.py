@@ -64,11 +64,6 @@ class Pool(NamedTuple):
         """Whether it is on servers."""
         return bool(self.servers) or self.registry is not None
 
-    @property
-    def is_rdma(self) -> bool:
-        """Whether it is on a server by RDMA, which is the only one then."""
-        return any(server.by_rdma for server in self.servers)
-
 
 def host_memory_bytes() -> int:
     """All the memory of this host."""
@@ -110,11 +105,6 @@ def join_pools(pools: Sequence[Pool]) -> Pool:
             raise FarmemError(
                 f"pool {pool.url!r} is no server, and only servers can be used together",
                 "give --pool once, or servers one by one, as --pool tcp://A:7717 --pool tcp://B:7717",
-            )
-        if pool.is_rdma:
-            raise FarmemError(
-                f"pool {pool.url!r} can't be used together with others: RDMA is to one server yet",
-                "give --pool once, or name servers as tcp://HOST:PORT",
             )
         if urls.count(pool.url) > 1:
             raise FarmemError(f"pool {pool.url!r} is named twice", "name each server once")

@@ -16,8 +16,10 @@ from farmem import _native
 from farmem.errors import FarmemError
 from farmem.growth import can_spare, first_bytes, wanted_bytes
 from farmem.lease import Control, standing
+from farmem.poolentry import Way
 from farmem.pools import EXTENT_BYTES, SERVERS_MAX, Pool, host_memory_bytes, parse_pool
-from farmem.poolserver import Chunk, PoolServer
+from farmem.poolserver import Chunk, Means, PoolServer, reach_server
+from farmem.rdmaagent import CHOSEN, RdmaAgent, Wanted
 from farmem.servers import REACH_SECONDS, Server, addresses_of, at_once
 from farmem.tls import PLAIN, Tls
 
@@ -44,9 +46,11 @@ class PoolServers:
 
     is_direct = False
 
-    def __init__(self, pool: Pool, budget_bytes: int, tls: Tls = PLAIN) -> None:
+    def __init__(
+        self, pool: Pool, budget_bytes: int, tls: Tls = PLAIN, rdma: Wanted = CHOSEN
+    ) -> None:
         self._sources = Sources(pool, tls)
-        self._tls = tls
+        self._means = Means(RdmaAgent(rdma), tls)
         self._notes: list[str] = []
         self._control: Any = None
         self._ledger: Any = None
@@ -54,7 +58,12 @@ class PoolServers:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._unused_since: dict[int, float] = {}
-        servers = self._reach(pool, budget_bytes, time.monotonic() + REACH_SECONDS)
+        try:
+            servers = self._reach(pool, budget_bytes, time.monotonic() + REACH_SECONDS)
+        except FarmemError:
+            self._means.rdma.stop()
+            raise
+        self._means.rdma.settle()
         self._live = dict(enumerate(servers))
         self._places_used = len(servers)
         try:
@@ -68,7 +77,7 @@ class PoolServers:
     def _reach(self, pool: Pool, budget_bytes: int, deadline: float) -> list[PoolServer]:
         if pool.registry is None:
             chunk = Chunk(first_bytes(budget_bytes, len(pool.servers)))
-            found, failed = _reach_all(pool.servers, chunk, deadline, self._tls)
+            found, failed = _reach_all(pool.servers, chunk, deadline, self._means)
             if failed:
                 at_once([server.release for server in found])
                 raise failed[0]
@@ -77,7 +86,7 @@ class PoolServers:
         errors: list[FarmemError] = []
         for servers in (choices[:_START_SERVERS], choices[_START_SERVERS:SERVERS_MAX]):
             chunk = Chunk(first_bytes(budget_bytes, _START_SERVERS))
-            found, failed = _reach_all(servers, chunk, deadline, self._tls)
+            found, failed = _reach_all(servers, chunk, deadline, self._means)
             errors += failed
             if found:
                 self._notes = [f"{error.what}: going on without it" for error in errors]
@@ -117,6 +126,7 @@ class PoolServers:
         """The supervisor's: see that the memory stays ours, and that there is enough."""
         for note in self._notes:
             say(note)
+        self._means.rdma.keep(say)
         for server in self._live.values():
             server.keep(say)
         if self._sources.can_grow:
@@ -130,6 +140,7 @@ class PoolServers:
             self._stopped.set()
             self._sources.stop()
             self._thread.join(_JOIN_SECONDS)
+        self._means.rdma.stop()  # our halves of queue pairs go before the leases
         at_once([server.release for server in self._live.values()])
 
     # ---- growing and shrinking: one thread of the supervisor's
@@ -169,12 +180,12 @@ class PoolServers:
             try:
                 chunk = Chunk(more_bytes, patience_seconds=0)
                 deadline = time.monotonic() + REACH_SECONDS
-                found = PoolServer(server, chunk, deadline, self._tls)
+                found = reach_server(server, chunk, deadline, self._means)
             except FarmemError:
                 continue  # it is full, or gone: the next one
-            known = {other.place for other in self._live.values()}
+            known = {other.way for other in self._live.values()}
             number = self._places_used
-            if self._stopped.is_set() or found.place in known or not self._add(number, found):
+            if self._stopped.is_set() or found.way in known or not self._add(number, found):
                 found.release()
                 return False
             self._places_used += 1
@@ -280,7 +291,7 @@ def _free_bytes(server: Server, known_bytes: int, tls: Tls) -> int:
 
 
 def _reach_all(
-    servers: Sequence[Server], chunk: Chunk, deadline: float, tls: Tls
+    servers: Sequence[Server], chunk: Chunk, deadline: float, means: Means
 ) -> tuple[list[PoolServer], list[FarmemError]]:
     """At the same time, so that one deadline does for all; what went wrong is in their order."""
     found: dict[int, PoolServer] = {}
@@ -288,7 +299,7 @@ def _reach_all(
 
     def reach(number: int) -> None:
         try:
-            found[number] = PoolServer(servers[number], chunk, deadline, tls)
+            found[number] = reach_server(servers[number], chunk, deadline, means)
         except FarmemError as error:
             failed[number] = error
 
@@ -298,9 +309,9 @@ def _reach_all(
 
 def _check_that_they_differ(servers: list[PoolServer]) -> None:
     """Two names of one export would be two places that overwrite each other."""
-    known: dict[tuple[bytes, bytes], str] = {}
+    known: dict[Way, str] = {}
     for server in servers:
-        other = known.setdefault(server.place, server.url)
+        other = known.setdefault(server.way, server.url)
         if other is not server.url:
             raise FarmemError(
                 f"pools {other!r} and {server.url!r} are the same memory", "name each server once"

@@ -1,9 +1,12 @@
 /* rdma.h - the agent of `rdma:` pools, farmem-rdma: one process for each job, which speaks to the RDMA device for the engines.
  *
  * Engines have no libc to speak of, and no library may live on a program's heap; so libibverbs is loaded here, through a
- * table, and never linked.  The agent does what its two sides ask: on the control socket (lines; farmem/poolrdma.py) it is
+ * table, and never linked.  The agent does what its two sides ask: on the control socket (lines; farmem/rdmaagent.py) it is
  * told about the server's half of each queue pair, on its listening socket engines join (rdma_ring.h).  It reads no file but
  * the library's and writes none; farmem/agent.py says how it is started, and what it holds.
+ *
+ * A session is for one process and one lease of the job's, which may be of different servers: one that fails is nothing to the
+ * others.  All are of one protection domain.
  *
  *   rdma_main.c     arguments                 rdma_verbs.c    the table
  *   rdma_device.c   device, port, GID         rdma_session.c  one queue pair: transfers, keep-alive, its end
@@ -19,7 +22,7 @@
 
 #include "rdma_ring.h"
 
-#define FM_RDMA_SESSIONS_MAX 1024u
+#define FM_RDMA_SESSIONS_MAX 4096u
 #define FM_RDMA_TEXT_BYTES 512u
 #define FM_RDMA_LINE_BYTES 1024u          /* on the control socket */
 #define FM_RDMA_DEPTH 128u                /* transfers of one session that the device has in hand */
@@ -91,6 +94,7 @@ struct fm_session {
     bool is_trial;                        /* without an engine: a read shows whether the server can be reached */
     int sock;                             /* the engine's; -1: a trial's */
     uint32_t slot;
+    uint32_t lease;                       /* whose server is meant, by the number that control knows */
     int memfd;
     char *memory;                         /* shared with the engine; a page more, for the keep-alive, is ours alone */
     struct fm_rdma_ring *ring;
@@ -146,7 +150,7 @@ struct fm_agent {
 
 int fm_agent_run(const struct fm_agent_options *options, const struct fm_verbs *verbs);   /* to the job's end; exit status */
 struct fm_session *fm_agent_session(struct fm_agent *a, int sock, bool is_trial);          /* NULL: there are too many */
-void fm_agent_open(struct fm_agent *a, struct fm_session *s);                              /* opening, or over */
+void fm_agent_open(struct fm_agent *a, struct fm_session *s, uint32_t lease);              /* opening, or over */
 uint64_t fm_agent_now_ns(void);
 
 /* rdma_control.c */

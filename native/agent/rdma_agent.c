@@ -51,8 +51,9 @@ struct fm_session *fm_agent_session(struct fm_agent *a, int sock, bool is_trial)
     return s;
 }
 
-void fm_agent_open(struct fm_agent *a, struct fm_session *s)
+void fm_agent_open(struct fm_agent *a, struct fm_session *s, uint32_t lease)
 {
+    s->lease = lease;
     const char *what = fm_session_prepare(s);
     if (what == NULL) {
         s->state = FM_SESSION_OPENING;
@@ -71,7 +72,7 @@ static bool may_join(const struct fm_agent *a, const struct fm_session *s, const
     socklen_t n = sizeof peer;
     uint8_t differs = 0;
     for (uint32_t k = 0; k < FM_RDMA_TOKEN_BYTES; k++)
-        differs |= h->token[k] ^ a->options->token[k];
+        differs |= h->pass.token[k] ^ a->options->token[k];
     return differs == 0 && h->magic == FM_RDMA_MAGIC && h->version == FM_RDMA_VERSION &&
            getsockopt(s->sock, SOL_SOCKET, SO_PEERCRED, &peer, &n) == 0 && (peer.uid == geteuid() || geteuid() == 0);
 }
@@ -90,17 +91,23 @@ static void close_over(struct fm_agent *a)
             k++;
             continue;
         }
-        bool was_open = s->qp != NULL;
-        uint32_t id = s->id;
+        bool is_known = s->qp != NULL || s->is_trial;
+        uint32_t id = s->id, lease = s->lease;
         const char *why = s->why;
         a->session[k] = a->session[--a->sessions];
         fm_session_free(s);
-        if (was_open)
-            fm_control_say(a, "closed %u %s", id, why);
+        if (is_known)
+            fm_control_say(a, "closed %u %u %s", id, lease, why);
     }
 }
 
-/* What a process had before is gone, here, before the server is asked for a new queue pair: nothing of it may come late. */
+static bool is_another(const struct fm_session *s, const struct fm_session *than, const struct fm_rdma_hello *h)
+{
+    return s != than && !s->is_trial && s->state != FM_SESSION_SILENT && s->slot == h->slot && s->lease == h->pass.lease;
+}
+
+/* What a process had of a lease before is gone, here, before the server is asked for a new queue pair: nothing of it may come
+ * late. */
 static void hear_hello(struct fm_agent *a, struct fm_session *s)
 {
     struct fm_rdma_hello h;
@@ -113,11 +120,10 @@ static void hear_hello(struct fm_agent *a, struct fm_session *s)
     }
     s->slot = h.slot;
     for (uint32_t k = 0; k < a->sessions; k++)
-        if (a->session[k] != s && a->session[k]->slot == h.slot && !a->session[k]->is_trial &&
-            a->session[k]->state != FM_SESSION_SILENT)
+        if (is_another(a->session[k], s, &h))
             end(a->session[k], "the engine has begun another");
     close_over(a);
-    fm_agent_open(a, s);
+    fm_agent_open(a, s, h.pass.lease);
 }
 
 static void hear_session(struct fm_agent *a, struct fm_session *s)
@@ -202,7 +208,7 @@ static bool step(struct fm_agent *a)
             continue;
         any |= fm_session_step(s);
         if (s->is_trial && s->has_answered) {
-            fm_control_say(a, "reached %u", s->id);
+            fm_control_say(a, "reached %u %u", s->id, s->lease);
             end(s, "it was a trial");
         }
         any |= s->state == FM_SESSION_OVER;

@@ -1,11 +1,11 @@
-/* rdma_control.c - what the agent and control (farmem/poolrdma.py) say to each other: lines, of words with a space between.
+/* rdma_control.c - what the agent and control (farmem/rdmaagent.py) say to each other: lines, of words with a space between.
  *
- *   open ID QPN PSN GID LID MTU LINK READS        get the server's half of a queue pair
+ *   open ID LEASE QPN PSN GID LID MTU LINK READS       get the server's half of a queue pair
  *   opened ID QPN PSN GID LID MTU RKEY ADDRESS BYTES READS      control: here it is
  *   refused ID                                    control: there is none; the session ends
- *   closed ID WHY                                 it is gone, here: the server's half may go
- *   try                                           control: a session without an engine;
- *   reached ID                                    ... it has read from the server
+ *   closed ID LEASE WHY                           it is gone, here: the server's half may go
+ *   try LEASE                                     control: a session without an engine;
+ *   reached ID LEASE                              ... it has read from the server; it is closed in any case
  *
  * and `ready`, `refused` and `failed` as farmem/agent.py has them.  Keys and numbers of queue pairs are in no other message.
  */
@@ -48,7 +48,7 @@ void fm_control_open(const struct fm_agent *a, const struct fm_session *s)
     const struct fm_rdma_device *d = &a->device;
     char gid[INET6_ADDRSTRLEN] = "";
     inet_ntop(AF_INET6, d->gid.raw, gid, sizeof gid);
-    fm_control_say(a, "open %u %u %u %s %u %u %s %u", s->id, s->qp->qp_num, s->psn, gid, d->lid, 128u << d->mtu,
+    fm_control_say(a, "open %u %u %u %u %s %u %u %s %u", s->id, s->lease, s->qp->qp_num, s->psn, gid, d->lid, 128u << d->mtu,
                    d->is_ethernet ? "ethernet" : "infiniband", d->reads);
 }
 
@@ -80,11 +80,13 @@ static void obey(struct fm_agent *a, const char *line)
 {
     struct fm_rdma_peer peer;
     struct fm_session *s = NULL;
-    uint32_t id = 0;
-    if (strcmp(line, "try") == 0) {
+    uint32_t id = 0, lease = 0;
+    if (sscanf(line, "try %u", &lease) == 1) {
         s = fm_agent_session(a, -1, true);
         if (s != NULL)
-            fm_agent_open(a, s);
+            fm_agent_open(a, s, lease);
+        else
+            fm_control_say(a, "closed 0 %u there are too many sessions", lease);
     } else if (strncmp(line, "opened ", 7) == 0 && read_peer(line + 7, &id, &peer)) {
         s = find(a, id);                  /* it may have ended meanwhile, and that has been said */
         if (s != NULL)

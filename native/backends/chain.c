@@ -57,7 +57,6 @@ static const struct fm_backend *backend_of(uint32_t kind)
     case FM_BACKEND_MEM: return &fm_backend_mem;
     case FM_BACKEND_FILE: return &fm_backend_file;
     case FM_BACKEND_SERVERS: return &fm_backend_servers;
-    case FM_BACKEND_RDMA: return &fm_backend_rdma;
     }
     return NULL;
 }

@@ -1,5 +1,5 @@
 /* rdma.h - what the parts of the RDMA client in the engine share: rdma.c (requests, deadlines, what is said of them) and
- * rdma_session.c (the agent's socket, the rings, the bounce frames). */
+ * rdma_session.c (the agent's sockets, the rings, the bounce frames). */
 #ifndef FM_RDMA_H
 #define FM_RDMA_H
 
@@ -21,39 +21,50 @@ struct fm_rdma_transfer {
 };
 
 /* A session is over when its socket is: then nothing of it is under way any more, or will be. */
+struct fm_rdma_session {
+    int sock;                         /* -1: none */
+    struct fm_rdma_ring *ring;        /* NULL: the agent has not let us in yet */
+    uint32_t reaped;
+    uint64_t again_ns;                /* when the next may be begun */
+    uint64_t wait_ns;
+};
+
+/* A server, or rather a lease. */
 struct fm_rdma {
     struct fm_backend *b;
-    const struct fm_pool_server *server;
+    struct fm_pool_server *server;
+    const struct fm_pool_span *span;  /* its extents */
     fm_lock lock;                     /* of the transfers, up and the ring of requests */
-    struct fm_rdma_transfer transfer[FM_RDMA_FRAMES];   /* by its first frame */
     uint32_t outstanding;
     uint32_t up;                      /* there is a session */
+    uint32_t used;                    /* something was asked of it: a session is begun */
     uint32_t users;                   /* threads that issue: the session's memory stays meanwhile */
     uint32_t gone;                    /* what was stored there can't be had any more */
     struct fm_talk talk;
     uint64_t down_since_ns;           /* while none is up: since when nothing has come */
-    /* the session, of its thread and of users */
-    int sock;
-    struct fm_rdma_ring *ring;
-    uint32_t reaped;
+    struct fm_rdma_session session;   /* the thread's, and its ring the users' */
+    struct fm_rdma_transfer transfer[FM_RDMA_FRAMES];   /* by its first frame */
 };
 
-extern struct fm_rdma fm_rdma;
+/* By the server's number. */
+extern struct fm_rdma fm_rdma[FM_POOL_SERVERS_MAX];
 
-static inline char *fm_rdma_bounce(uint32_t frame)
+static inline char *fm_rdma_bounce(const struct fm_rdma *r, uint32_t frame)
 {
-    return (char *)fm_rdma.ring + FM_RDMA_FRAMES_AT + (uint64_t)frame * FM_RDMA_PAGE_BYTES;
+    return (char *)r->session.ring + FM_RDMA_FRAMES_AT + (uint64_t)frame * FM_RDMA_PAGE_BYTES;
 }
 
+static inline bool fm_rdma_gone(const struct fm_rdma *r) { return fm_rdma_load(&r->gone) != 0; }
+
 /* rdma.c */
-void fm_rdma_came_up(void);
-void fm_rdma_went_down(void);                        /* after it nobody uses the session */
-bool fm_rdma_reap(void);                             /* what has ended; false: the agent says what can't be */
-bool fm_rdma_look(void);                             /* at deadlines; true: the session must end */
-bool fm_rdma_is_over(void);                          /* nothing can come any more, and nothing is waited for */
+void fm_rdma_came_up(struct fm_rdma *r);
+void fm_rdma_went_down(struct fm_rdma *r);           /* after it nobody uses the session */
+bool fm_rdma_reap(struct fm_rdma *r);                /* what has ended; false: the agent says what can't be */
+bool fm_rdma_look(struct fm_rdma *r);                /* at deadlines; true: the session must end */
 
 /* rdma_session.c */
-bool fm_rdma_start(void);                            /* its thread */
-void fm_rdma_bell(void);                             /* if the agent sleeps */
+bool fm_rdma_tend(struct fm_rdma *r);                /* from now on; false: no thread can be had */
+void fm_rdma_wake(void);                             /* the thread: there is a server to begin with */
+void fm_rdma_bell(struct fm_rdma *r);                /* if the agent sleeps */
 
 #endif

@@ -21,6 +21,7 @@ static const struct fm_backend *backend_of(uint32_t kind)
 {
     switch ((enum fm_server_kind)kind) {
     case FM_SERVER_NBD: return &fm_backend_nbd;
+    case FM_SERVER_RDMA: return &fm_backend_rdma;
     case FM_SERVER_NONE: break;
     }
     return NULL;

@@ -27,6 +27,7 @@ struct fm_chain {
     uint32_t file_io;                 /* enum fm_file_io */
     struct fm_pool_server *servers;        /* by number */
     bool nbd_is_tended;               /* nbd: its tender runs */
+    bool rdma_is_tended;              /* so does rdma's */
     uint64_t pool_bytes;
     const char *full;                 /* what to say when no space could be granted; NULL: there is space, or was no try */
     uint64_t full_errno;

@@ -150,7 +150,7 @@ enum fm_defect {
     FM_DEFECT_TRUST_THE_DEAD = 524288     /* an unchanged page is dropped though the server of its copy is gone */
 };
 
-enum fm_server_kind { FM_SERVER_NONE = 0, FM_SERVER_NBD = 1 };
+enum fm_server_kind { FM_SERVER_NONE = 0, FM_SERVER_NBD = 1, FM_SERVER_RDMA = 2 };
 /* What the supervisor knows of a lease that has ended. */
 enum fm_server_end {
     FM_SERVER_GONE = 1,               /* with what was stored there */
@@ -158,8 +158,8 @@ enum fm_server_end {
 };
 
 /* Where a part of a pool elsewhere is, and how it is spoken to.  Its number is that of the span of extents that lie there
- * (pool_ledger.h), which is made when all of this is filled in.  rdma: the socket of the job's agent, and as the export what lets
- * an engine in there. */
+ * (pool_ledger.h), which is made when all of this is filled in.  RDMA: the socket of the job's agent, and as the export what lets
+ * an engine in there (struct fm_rdma_pass). */
 struct fm_pool_server {
     uint64_t timeout_ns;              /* a request that is not answered within it has failed */
     uint32_t address_bytes;           /* of address: a struct sockaddr of any family */
@@ -205,7 +205,7 @@ enum fm_flag {
     FM_FLAG_POOL_DIRECT = 2           /* file: opened for direct I/O */
 };
 
-enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_SERVERS = 3, FM_BACKEND_RDMA = 4 };
+enum fm_backend_kind { FM_BACKEND_MEM = 1, FM_BACKEND_FILE = 2, FM_BACKEND_SERVERS = 3 };
 enum fm_file_io { FM_FILE_IO_AUTO = 0, FM_FILE_IO_URING = 1, FM_FILE_IO_THREADS = 2 };   /* auto: io_uring if it can be had */
 enum fm_uffd_way {
     FM_UFFD_NONE = 0,

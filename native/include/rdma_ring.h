@@ -1,7 +1,7 @@
 /* rdma_ring.h - what the engine (backends/rdma*.c) and the agent of `rdma:` pools (agent/rdma_*.c) say to each other.
  *
- * The engine connects to the agent's Unix socket (SOCK_SEQPACKET) and sends a hello; the agent answers with a welcome and
- * a memfd, which both map: two rings and the bounce frames.  From then on a message on the socket is a bell, whatever
+ * For each lease that it uses the engine connects to the agent's Unix socket (SOCK_SEQPACKET) and sends a hello; the agent
+ * answers with a welcome and a memfd, which both map: two rings and the bounce frames.  From then on a message on the socket is a bell, whatever
  * is in it, for a side that has said that it sleeps.  The end of the socket is the end of the session, for both: what was
  * under way is not, any more, and a new session has new memory.
  *
@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define FM_RDMA_MAGIC 0x61646d72666dull
-#define FM_RDMA_VERSION 1u
+#define FM_RDMA_VERSION 2u
 #define FM_RDMA_FRAMES 512u              /* FM_FRAMES of the engine, and the places of each ring */
 #define FM_RDMA_PAGES_MAX 32u            /* of one transfer: FM_WINDOW_MAX */
 #define FM_RDMA_PAGE_BYTES 4096u
@@ -23,11 +23,18 @@
 #define FM_RDMA_SHARED_BYTES (FM_RDMA_FRAMES_AT + FM_RDMA_FRAMES * FM_RDMA_PAGE_BYTES)
 #define FM_RDMA_TOKEN_BYTES 16u
 
+/* What lets an engine in, and which of the job's leases it means: a number that no other lease of the job ever has. */
+struct fm_rdma_pass {
+    uint8_t token[FM_RDMA_TOKEN_BYTES];
+    uint32_t lease;
+};
+
 struct fm_rdma_hello {
     uint64_t magic;
     uint32_t version;
-    uint32_t slot;                       /* of the process in the control segment: a slot has one session */
-    uint8_t token[FM_RDMA_TOKEN_BYTES];
+    uint32_t slot;                       /* of the process in the control segment: it has one session for each lease */
+    struct fm_rdma_pass pass;
+    uint32_t pad;
 };
 
 struct fm_rdma_welcome {                 /* with the memfd */
@@ -41,7 +48,7 @@ enum fm_rdma_kind { FM_RDMA_READ = 1, FM_RDMA_WRITE = 2 };
 struct fm_rdma_request {
     uint32_t kind;                       /* enum fm_rdma_kind */
     uint32_t frame;
-    uint32_t slot;                       /* of the pool: page k of it is at k * FM_RDMA_PAGE_BYTES of the lease */
+    uint32_t slot;                       /* of the lease: its page k is at k * FM_RDMA_PAGE_BYTES of it */
     uint32_t n;                          /* pages */
 };
 

@@ -162,24 +162,24 @@ static bool local_is_right(const struct work *w)
     return false;
 }
 
-static bool remote_is_right(const struct work *w)
+/* The other half, if there is one that is meant by it too. */
+static const struct fake_half *half_of(const struct fake_qp *q)
 {
-    const struct fake_fabric *f = fake.fabric;
-    uint64_t at = w->wr.wr.rdma.remote_addr;
-    return w->wr.wr.rdma.rkey == (uint32_t)f->rkey && at >= f->address && at + w->sge.length <= f->address + f->bytes;
+    for (const struct fake_half *h = fake.fabric->half; h < fake.fabric->half + FAKE_HALVES; h++)
+        if (fabric_word(&h->alive) != 0 && h->qpn == q->dest_qpn)
+            return h->psn == q->rq_psn && h->peer_qpn == q->qp.qp_num && h->peer_psn == q->sq_psn ? h : NULL;
+    return NULL;
 }
 
-static bool peer_answers(const struct fake_qp *q)
+static bool answers(const struct fake_half *h)
 {
-    const struct fake_fabric *f = fake.fabric;
-    if (fabric_word(&f->silent) != 0)
-        return false;
-    for (uint32_t k = 0; k < FAKE_HALVES; k++) {
-        const struct fake_half *h = &f->half[k];
-        if (fabric_word(&h->alive) != 0 && h->qpn == q->dest_qpn)
-            return h->psn == q->rq_psn && h->peer_qpn == q->qp.qp_num && h->peer_psn == q->sq_psn;
-    }
-    return false;
+    return h != NULL && fabric_word(&fake.fabric->silent) == 0 && fabric_word(&h->silent) == 0;
+}
+
+static bool remote_is_right(const struct work *w, const struct fake_half *h)
+{
+    uint64_t at = w->wr.wr.rdma.remote_addr, start = fake.fabric->address + h->start;
+    return w->wr.wr.rdma.rkey == fake_rkey(fake.fabric, h->start) && at >= start && at + w->sge.length <= start + h->bytes;
 }
 
 static void move_bytes(const struct work *w, uint64_t bytes)
@@ -196,16 +196,17 @@ static bool carry_out(struct fake_qp *q, uint64_t now)
 {
     struct fake_fabric *f = fake.fabric;
     const struct work *w = &q->work[0];
+    const struct fake_half *half = half_of(q);
     bool reads = w->wr.opcode == IBV_WR_RDMA_READ;
     if (now < w->due_ns)
         return false;
-    if (!peer_answers(q)) {
+    if (!answers(half)) {
         if (now < w->posted_ns + fabric_word(&f->retry_ns))
             return false;
         fail(q, IBV_WC_RETRY_EXC_ERR);
     } else if (!local_is_right(w)) {
         fail(q, IBV_WC_LOC_PROT_ERR);
-    } else if (!remote_is_right(w)) {
+    } else if (!remote_is_right(w, half)) {
         fail(q, IBV_WC_REM_ACCESS_ERR);
     } else if (draw(1000000) < fabric_word(&f->fail_ppm)) {
         move_bytes(w, draw(w->sge.length));

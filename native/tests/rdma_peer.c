@@ -44,7 +44,7 @@ static const struct fm_verbs verbs = {
     .wc_status_str = ibv_wc_status_str,
 };
 
-/* ---- the server's halves: number k of the agent's is at place k % FAKE_HALVES ------------------------------------ */
+/* ---- the servers' halves: number k of the agent's is at place k % FAKE_HALVES ------------------------------------ */
 
 static uint64_t get(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
 static void set(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_SEQ_CST); }
@@ -59,9 +59,10 @@ static uint32_t alive(void)
 
 static void open_half(const char *words)
 {
-    uint32_t id, qpn, psn;
+    uint32_t id, lease, qpn, psn;
     char line[FM_RDMA_LINE_BYTES];
-    CHECK(sscanf(words, "%u %u %u ::ffff:10.0.0.1 0 1024 ethernet 16", &id, &qpn, &psn) == 3 && psn < 1u << 24);
+    CHECK(sscanf(words, "%u %u %u %u ::ffff:10.0.0.1 0 1024 ethernet 16", &id, &lease, &qpn, &psn) == 4 && psn < 1u << 24);
+    CHECK(lease < PEER_LEASES);
     if (atomic_load(&peer.one_at_a_time) != 0)
         CHECK(alive() == 0);
     if (atomic_load(&peer.refuses) > 0) {
@@ -72,12 +73,34 @@ static void open_half(const char *words)
     }
     struct fake_half *h = &peer.fabric->half[id % FAKE_HALVES];
     CHECK(get(&h->alive) == 0);
-    *h = (struct fake_half){ .qpn = 0x800000 + id, .psn = (uint32_t)rand() & 0xffffff, .peer_qpn = qpn, .peer_psn = psn };
+    *h = (struct fake_half){ .qpn = 0x800000 + id, .psn = (uint32_t)rand() & 0xffffff, .peer_qpn = qpn, .peer_psn = psn,
+                             .start = lease * peer.lease_bytes, .bytes = peer.lease_bytes,
+                             .silent = atomic_load(&peer.silent_of[lease]) };
     set(&h->alive, 1);
     snprintf(line, sizeof line, "opened %u %u %u ::ffff:10.0.0.2 0 4096 %u %llu %llu 8\n", id, (uint32_t)h->qpn, (uint32_t)h->psn,
-             peer.rkey, (unsigned long long)peer.fabric->address, (unsigned long long)peer.fabric->bytes);
+             peer.rkeys + (uint32_t)(h->start >> 21), (unsigned long long)(peer.fabric->address + h->start),
+             (unsigned long long)h->bytes);
     peer_tell(line);
+    atomic_fetch_add(&peer.opened_of[lease], 1);
     atomic_fetch_add(&peer.opened, 1);
+}
+
+static void close_half(const char *words)
+{
+    uint32_t id, lease;
+    CHECK(sscanf(words, "%u %u ", &id, &lease) == 2 && lease < PEER_LEASES);
+    set(&peer.fabric->half[id % FAKE_HALVES].alive, 0);
+    atomic_fetch_add(&peer.closed_of[lease], 1);
+}
+
+void peer_silence(uint32_t lease, bool on)
+{
+    pthread_mutex_lock(&peer.lock);
+    atomic_store(&peer.silent_of[lease], on);
+    for (struct fake_half *h = peer.fabric->half; h < peer.fabric->half + FAKE_HALVES; h++)
+        if (get(&h->alive) != 0 && h->start == lease * peer.lease_bytes)
+            set(&h->silent, on);
+    pthread_mutex_unlock(&peer.lock);
 }
 
 static void hear_line(const char *line)
@@ -85,7 +108,7 @@ static void hear_line(const char *line)
     if (strncmp(line, "open ", 5) == 0) {
         open_half(line + 5);
     } else if (strncmp(line, "closed ", 7) == 0) {
-        set(&peer.fabric->half[strtoul(line + 7, NULL, 10) % FAKE_HALVES].alive, 0);
+        close_half(line + 7);
         snprintf(peer.last_closed, sizeof peer.last_closed, "%s", line);
         atomic_fetch_add(&peer.closed, 1);
     } else if (strncmp(line, "reached ", 8) == 0) {
@@ -165,7 +188,7 @@ static void make_fabric(uint64_t bytes, uint64_t seed)
     peer.memory = at + FAKE_MEMORY_AT;
     *peer.fabric = (struct fake_fabric){ .magic = FAKE_MAGIC, .rkey = 0xfedcba98, .address = 0x7f0000000000ull, .bytes = bytes,
                                          .seed = seed, .retry_ns = 50000000 };
-    peer.rkey = (uint32_t)peer.fabric->rkey;
+    peer.rkeys = (uint32_t)peer.fabric->rkey;
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     setenv("FARMEM_TEST_FABRIC", path, 1);
 }
@@ -177,20 +200,23 @@ static socklen_t agent_address(struct sockaddr_un *a)
     return (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)n);
 }
 
-void address_of_agent(struct fm_pool_server *there)
+void address_of_agent(struct fm_pool_server *there, uint32_t lease)
 {
     struct sockaddr_un a;
+    struct fm_rdma_pass pass = { .lease = lease };
+    memcpy(pass.token, peer.options.token, sizeof pass.token);
     there->address_bytes = agent_address(&a);
     memcpy(there->address, &a, there->address_bytes);
-    there->export_bytes = FM_RDMA_TOKEN_BYTES;
-    memcpy(there->export_name, peer.options.token, FM_RDMA_TOKEN_BYTES);
+    there->export_bytes = sizeof pass;
+    memcpy(there->export_name, &pass, sizeof pass);
 }
 
-void peer_open(uint64_t bytes, uint64_t seed)
+void peer_open(uint64_t lease_bytes, uint64_t seed)
 {
     struct sockaddr_un a;
     socklen_t n = agent_address(&a);
-    make_fabric(bytes, seed);
+    peer.lease_bytes = lease_bytes;
+    make_fabric(PEER_LEASES * lease_bytes, seed);
     srand((unsigned int)seed);
     peer.listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     CHECK(peer.listener >= 0 && bind(peer.listener, (struct sockaddr *)&a, n) == 0 && listen(peer.listener, 16) == 0);

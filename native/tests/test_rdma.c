@@ -24,7 +24,9 @@
 #define FRAMES FM_RDMA_FRAMES
 #define EXTENTS 8u
 #define EXTENT_BYTES (FM_EXTENT_SLOTS * (uint64_t)FM_PAGE_BYTES)
-#define POOL_BYTES (EXTENTS * EXTENT_BYTES)
+#define LEASE_BYTES (EXTENTS * EXTENT_BYTES)
+#define POOL_BYTES (PEER_LEASES * LEASE_BYTES)
+#define SLOTS (EXTENTS * FM_EXTENT_SLOTS)      /* of a lease */
 #define WAIT_NS 60000000000ull
 #define TIMEOUT_NS 2000000000ull         /* where it is to be met */
 #define LONG_NS 50000000000ull
@@ -32,11 +34,11 @@
 #define OTHER_SLOT 2048u                 /* of the pool: from there on nobody but other processes stores */
 
 static struct fm_chain chain;
-static struct fm_backend backend;
+static struct fm_backend servers[PEER_LEASES], *backend = servers;
 static struct fm_pool_ledger ledger;
 static struct fm_counters counters;
-static struct fm_pool_server there;
-static atomic_uint ended, gates, said;
+static struct fm_pool_server there[PEER_LEASES];
+static atomic_uint ended, ended_of[PEER_LEASES], gates, said;
 static char last_said[FM_MESSAGE_BYTES];
 static uint64_t seed = 1;
 
@@ -78,7 +80,8 @@ static void gate_out(void) { atomic_fetch_sub(&gates, 1); }
 
 static void on_end(struct fm_backend *b, struct fm_io *io)
 {
-    (void)b, (void)io;
+    (void)io;
+    atomic_fetch_add(&ended_of[b->number], 1);
     atomic_fetch_add(&ended, 1);
 }
 
@@ -102,7 +105,7 @@ static void await_ends(uint32_t n)
 static struct fm_io transfer(uint32_t kind, uint32_t frame, uint32_t slot, uint32_t n)
 {
     struct fm_io io = { .kind = kind, .n = n, .frame = frame, .slot = slot };
-    backend.submit(&backend, &io);
+    backend->submit(backend, &io);
     await_ends(1);
     return io;
 }
@@ -130,14 +133,14 @@ static void many_at_once(uint32_t n, uint32_t rounds)
         for (uint32_t k = 0; k < count; k++) {
             fill(words_of(k * n), n, round * 10000 + k);
             io[k] = (struct fm_io){ .kind = FM_IO_STORE, .n = n, .frame = k * n, .slot = (k * 7 % count) * n };
-            backend.submit(&backend, &io[k]);
+            backend->submit(backend, &io[k]);
         }
         await_ends(count);
         memset(chain.frames, 0xee, FRAMES * FM_PAGE_BYTES);
         for (uint32_t k = 0; k < count; k++) {
             CHECK(io[k].status == 0);
             io[k] = (struct fm_io){ .kind = FM_IO_FETCH, .n = n, .frame = k * n, .slot = (k * 7 % count) * n };
-            backend.submit(&backend, &io[k]);
+            backend->submit(backend, &io[k]);
         }
         await_ends(count);
         for (uint32_t k = 0; k < count; k++) {
@@ -155,26 +158,34 @@ static bool closed_for(const char *why)
     return found;
 }
 
-static void set_up(uint64_t timeout_ns)
+static void set_up_several(uint32_t n, uint64_t timeout_ns)
 {
     int prot = PROT_READ | PROT_WRITE;
     void *base = mmap(NULL, fm_pool_ledger_bytes(POOL_BYTES), prot, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     char *frames = mmap(NULL, FRAMES * FM_PAGE_BYTES, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    CHECK(base != MAP_FAILED && frames != MAP_FAILED && fm_pool_ledger_init(base, POOL_BYTES) == 0);
-    fm_pool_ledger_view(&ledger, base, 0);
-    peer_open(POOL_BYTES, seed);
-    there.timeout_ns = timeout_ns;
-    snprintf(there.name, sizeof there.name, "the-test:1");
-    address_of_agent(&there);
+    CHECK(base != MAP_FAILED && frames != MAP_FAILED && fm_pool_ledger_init_empty(base, POOL_BYTES) == 0);
+    peer_open(LEASE_BYTES, seed);
     agent_start();
-    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .servers = &there,
+    chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .servers = there,
                                .pool_bytes = POOL_BYTES, .thread = start_thread, .say = say, .gate_in = gate_in,
                                .gate_out = gate_out };
-    backend = fm_backend_rdma;
-    backend.chain = &chain;
-    backend.ended = on_end;
-    CHECK(backend.open(&backend));
+    for (uint32_t k = 0; k < n; k++) {
+        there[k].timeout_ns = timeout_ns;
+        snprintf(there[k].name, sizeof there[k].name, "the-test:%u", k + 1);
+        address_of_agent(&there[k], k);
+        CHECK(fm_pool_ledger_add(base, EXTENTS) == (int)k);
+    }
+    fm_pool_ledger_view(&ledger, base, 0);
+    for (uint32_t k = 0; k < n; k++) {
+        servers[k] = fm_backend_rdma;
+        servers[k].chain = &chain;
+        servers[k].number = k;
+        servers[k].ended = on_end;
+        CHECK(servers[k].open(&servers[k]));
+    }
 }
+
+static void set_up(uint64_t timeout_ns) { set_up_several(1, timeout_ns); }
 
 /* ---- another process of the job, or a stranger: by hand ---------------------------------------------------- */
 
@@ -196,14 +207,14 @@ static bool is_closed(int sock)
 static int connect_to_agent(void)
 {
     int sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    CHECK(sock >= 0 && connect(sock, (struct sockaddr *)there.address, there.address_bytes) == 0);
+    CHECK(sock >= 0 && connect(sock, (struct sockaddr *)there[0].address, there[0].address_bytes) == 0);
     return sock;
 }
 
 static struct fm_rdma_hello hello_of(uint32_t slot)
 {
     struct fm_rdma_hello h = { .magic = FM_RDMA_MAGIC, .version = FM_RDMA_VERSION, .slot = slot };
-    memcpy(h.token, peer.options.token, sizeof h.token);
+    memcpy(h.pass.token, peer.options.token, sizeof h.pass.token);
     return h;
 }
 
@@ -367,7 +378,7 @@ static void an_agent_that_ends(void)
         for (uint32_t k = 0; k < FRAMES; k++) {
             fill(words_of(k), 1, round * 1000 + k);
             io[k] = (struct fm_io){ .kind = FM_IO_STORE, .n = 1, .frame = k, .slot = k };
-            backend.submit(&backend, &io[k]);
+            backend->submit(backend, &io[k]);
         }
         agent_stop();
         CHECK(peer.status == 0);
@@ -405,12 +416,12 @@ static void lease_has_ended(void)
 {
     set_up(LONG_NS);
     CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == 0);
-    __atomic_store_n(&there.gone, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&there[0].gone, FM_SERVER_GONE, __ATOMIC_SEQ_CST);
     await(&said, 1);
     CHECK(strstr(last_said, "has ended our lease") != NULL);
     struct fm_io io = transfer(FM_IO_FETCH, 0, 0, 1);
     CHECK(io.status == ENODATA && io.final);
-    CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == ENODATA && !backend.grant(&backend, 1) && chain.full != NULL);
+    CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == ENODATA && !backend->grant(backend, 1) && chain.full != NULL);
     await(&peer.closed, 1);
 }
 
@@ -427,7 +438,7 @@ static void a_wrong_key(void)
 {
     set_up(TIMEOUT_NS);
     CHECK(transfer(FM_IO_STORE, 0, 0, 1).status == 0);
-    __atomic_store_n(&peer.fabric->rkey, peer.rkey + 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&peer.fabric->rkey, peer.rkeys + 1, __ATOMIC_SEQ_CST);
     memset(words_of(1), 0xee, FM_PAGE_BYTES);
     uint64_t reads = peer.fabric->reads;
     CHECK(transfer(FM_IO_FETCH, 1, 0, 1).status == ETIMEDOUT && peer.fabric->reads == reads);
@@ -439,7 +450,7 @@ static void strangers_get_nothing(void)
     set_up(LONG_NS);
     many_at_once(8, 1);
     struct fm_rdma_hello wrong[] = { hello_of(50), hello_of(51), hello_of(52) };
-    wrong[0].token[15] ^= 1;
+    wrong[0].pass.token[15] ^= 1;
     wrong[1].version++;
     wrong[2].magic++;
     for (uint32_t k = 0; k < 3; k++) {
@@ -516,11 +527,11 @@ static void a_slot_has_one_session(void)
 static void a_trial(void)
 {
     set_up(LONG_NS);
-    peer_tell("try\n");
+    peer_tell("try 0\n");
     await(&peer.reached, 1);
     await(&peer.closed, 1);
     __atomic_store_n(&peer.fabric->silent, 1, __ATOMIC_SEQ_CST);
-    peer_tell("try\n");
+    peer_tell("try 0\n");
     await(&peer.closed, 2);
     CHECK(atomic_load(&peer.reached) == 1 && closed_for("retry counter exceeded"));
     __atomic_store_n(&peer.fabric->silent, 0, __ATOMIC_SEQ_CST);
@@ -541,9 +552,110 @@ static void a_peer_that_goes_is_noticed(void)
     CHECK(transfer(FM_IO_FETCH, 0, 0, 1).status == 0);
 }
 
+/* ---- several servers */
+
+/* Both have as many transfers under way as there can be, half of the frames each, of every size. */
+static void both_at_once(uint32_t rounds)
+{
+    static struct fm_io io[FRAMES];
+    for (uint32_t round = 0; round < 2 * rounds; round++) {
+        bool fetches = round % 2 != 0;
+        uint32_t n = 1u << round / 2 % 6, count = FRAMES / n;
+        if (fetches)
+            memset(chain.frames, 0xee, FRAMES * FM_PAGE_BYTES);
+        for (uint32_t k = 0; k < count; k++) {
+            if (!fetches)
+                fill(words_of(k * n), n, round * 10000 + k);
+            io[k] = (struct fm_io){ .kind = fetches ? FM_IO_FETCH : FM_IO_STORE, .n = n, .frame = k * n,
+                                    .slot = k % 2 * SLOTS + (k * 7 % count) * n };
+            servers[k % 2].submit(&servers[k % 2], &io[k]);
+        }
+        await_ends(count);
+        for (uint32_t k = 0; k < count; k++) {
+            CHECK(io[k].status == 0);
+            if (fetches)
+                is_filled(words_of(k * n), n, (round - 1) * 10000 + k);
+        }
+    }
+}
+
+/* Each its own bytes at the same place of its lease; who asks nothing of a server has no session with it. */
+static void two_servers(void)
+{
+    set_up_several(3, LONG_NS);
+    peer.fabric->delay_ns_max = 50000;
+    both_at_once(12);
+    CHECK(atomic_load(&peer.opened_of[0]) == 1 && atomic_load(&peer.opened_of[1]) == 1 && atomic_load(&peer.opened_of[2]) == 0);
+    CHECK(LOAD(counters.engine_bytes) == 2 * FM_RDMA_SHARED_BYTES && LOAD(counters.pool_connections_lost) == 0);
+}
+
+static void two_servers_that_fail(void)
+{
+    set_up_several(2, LONG_NS);
+    peer.fabric->delay_ns_max = 20000;
+    peer.fabric->fail_ppm = 2000;
+    both_at_once(24);
+    CHECK(peer.fabric->failures > 0 && LOAD(counters.pool_connections_lost) >= peer.fabric->failures);
+}
+
+static bool is_shut(uint32_t lease) { return fm_slot_shut(&ledger, lease * SLOTS); }
+
+/* One is silent, with transfers under way, and the device never gives up: the other's session goes on as if nothing were. */
+static void one_that_dies(void)
+{
+    static struct fm_io lost[4];
+    set_up_several(2, TIMEOUT_NS);
+    peer.fabric->retry_ns = LONG_NS;
+    both_at_once(6);
+    uint32_t closed = atomic_load(&peer.closed_of[0]);
+    peer_silence(1, true);
+    uint64_t begin = fm_now_ns();
+    for (uint32_t k = 0; k < 4; k++) {
+        lost[k] = (struct fm_io){ .kind = k < 2 ? FM_IO_FETCH : FM_IO_STORE, .n = 8, .frame = 256 + 8 * k, .slot = SLOTS + 8 * k };
+        servers[1].submit(&servers[1], &lost[k]);
+    }
+    uint32_t rounds = 0;
+    for (; !is_shut(1); rounds++) {
+        CHECK(fm_now_ns() - begin < WAIT_NS);
+        uint32_t before = atomic_load(&ended_of[0]);
+        struct fm_io io = { .kind = FM_IO_STORE, .n = 8, .frame = 0, .slot = rounds % 64 * 8 };
+        fill(words_of(0), 8, rounds);
+        servers[0].submit(&servers[0], &io);
+        await(&ended_of[0], before + 1);
+        CHECK(io.status == 0);
+    }
+    await_ends(rounds + 4);
+    for (uint32_t k = 0; k < 4; k++)
+        CHECK(lost[k].status == ETIMEDOUT && lost[k].final);
+    CHECK(fm_now_ns() - begin >= TIMEOUT_NS && rounds > 0);
+    CHECK(strstr(last_said, "the-test:2 has not answered for too long") != NULL);
+    CHECK(!is_shut(0) && atomic_load(&peer.closed_of[0]) == closed && there[1].down == 1 && there[0].down == 0);
+    many_at_once(8, 2);
+    peer_silence(1, false);
+    while (is_shut(1))                                    /* it is used again once it answers */
+        sched_yield();
+    both_at_once(6);
+}
+
+/* Nothing is stored there, and nobody is told; the session ends, there too. */
+static void one_that_is_given_back(void)
+{
+    set_up_several(2, LONG_NS);
+    both_at_once(2);
+    __atomic_store_n(&there[1].gone, FM_SERVER_GIVEN_BACK, __ATOMIC_SEQ_CST);
+    await(&peer.closed_of[1], 1);
+    CHECK(is_shut(1) && !is_shut(0) && !servers[1].grant(&servers[1], EXTENTS) && servers[0].grant(&servers[0], 0));
+    many_at_once(8, 2);
+    CHECK(atomic_load(&said) == 0 && atomic_load(&peer.closed_of[0]) == 0);
+    while (LOAD(counters.engine_bytes) != FM_RDMA_SHARED_BYTES)
+        sched_yield();
+}
+
+/* ---- what this host lacks */
+
 static void refuses(enum fake_wrong wrong, const char *device, int gid_index, const char *word)
 {
-    peer_open(POOL_BYTES, seed);
+    peer_open(LEASE_BYTES, seed);
     peer.fabric->wrong = wrong;
     peer.options.device = device;
     peer.options.gid_index = gid_index;
@@ -561,11 +673,11 @@ static void no_such_gid(void) { refuses(FAKE_WELL, NULL, 5, "no usable GID of in
 
 static void no_locked_memory(void)
 {
-    peer_open(POOL_BYTES, seed);
+    peer_open(LEASE_BYTES, seed);
     peer.fabric->wrong = FAKE_NO_LOCKED_MEMORY;
     agent_start();
-    peer_tell("try\n");
-    await(&peer.refused, 1);
+    peer_tell("try 1\n");
+    await(&peer.closed_of[1], 1);
     CHECK(strncmp(peer.last_failed, "failed\t", 7) == 0 && strstr(peer.last_failed, "ulimit -l") != NULL);
 }
 
@@ -575,7 +687,8 @@ int main(int argc, char **argv)
                                            what_is_given_up_disturbs_nobody, an_agent_that_ends, nobody_there, lease_has_ended,
                                            halves_that_are_not_given, a_wrong_key, strangers_get_nothing, what_is_not_ones_own,
                                            a_chain_to_a_doorbell, a_slot_has_one_session, a_trial,
-                                           a_peer_that_goes_is_noticed, no_device, no_such_device, port_down, no_gid,
+                                           a_peer_that_goes_is_noticed, two_servers, two_servers_that_fail, one_that_dies,
+                                           one_that_is_given_back, no_device, no_such_device, port_down, no_gid,
                                            no_such_gid, no_locked_memory };
     uint32_t only = argc > 1 ? (uint32_t)atoi(argv[1]) : UINT32_MAX;
     seed = argc > 2 ? (uint64_t)atoll(argv[2]) : 1;

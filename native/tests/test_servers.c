@@ -14,6 +14,7 @@
 
 static struct played {
     uint32_t opened, submitted, granted, trimmed, last_slot;
+    bool is_rdma;
 } played[FM_POOL_SERVERS_MAX];
 
 static struct fm_pool_server servers[FM_POOL_SERVERS_MAX];
@@ -45,6 +46,18 @@ const struct fm_backend fm_backend_nbd = {
     .version = FM_BACKEND_VERSION,
     .name = "played",
     .open = play_open,
+    .submit = play_submit,
+    .grant = play_grant,
+    .trim = play_trim,
+};
+
+static bool play_open_rdma(struct fm_backend *b) { return play_open(b) && (played[b->number].is_rdma = true); }
+
+const struct fm_backend fm_backend_rdma = {
+    .size = sizeof(struct fm_backend),
+    .version = FM_BACKEND_VERSION,
+    .name = "played, of another kind",
+    .open = play_open_rdma,
     .submit = play_submit,
     .grant = play_grant,
     .trim = play_trim,
@@ -99,6 +112,14 @@ static void each_extent_has_its_server(void)
     CHECK(played[0].granted == 1 && played[1].granted == 2 && played[0].trimmed == 1 && played[1].trimmed == 2);
 }
 
+static void each_server_has_its_kind(void)
+{
+    set_up(1, 1);
+    servers[1].kind = FM_SERVER_RDMA;
+    CHECK(top.open(&top) && transfer(0, 1) == 0 && transfer(FM_EXTENT_SLOTS, 1) == 0);
+    CHECK(!played[0].is_rdma && played[1].is_rdma && played[0].submitted == 1 && played[1].submitted == 1);
+}
+
 static void one_is_added_later(void)
 {
     set_up(1, 1);
@@ -136,6 +157,7 @@ static void the_start(void)
 int main(void)
 {
     each_extent_has_its_server();
+    each_server_has_its_kind();
     one_is_added_later();
     one_can_not_be_opened();
     the_start();

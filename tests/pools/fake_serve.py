@@ -24,6 +24,7 @@ class FakeServe:
     def __init__(self, nbd: dict[str, Any], size_bytes: int, path: Path | None = None) -> None:
         self.nbd = {"host": None, "port": None, "unix": None, "tls": False, **nbd}
         self.free_bytes = self.size_bytes = size_bytes
+        self.capacity_bytes = 0  # not said
         self.ttl_ns = 900_000_000
         self.epoch = EPOCH
         self.leases: set[str] = set()
@@ -57,7 +58,8 @@ class FakeServe:
         if method in self.refuses:
             return self.refuses[method]
         if (method, path) == ("GET", "/v1/server"):
-            return 200, {"free_bytes": self.free_bytes, "extent_bytes": 2 << 20}
+            sizes = {"free_bytes": self.free_bytes, "capacity_bytes": self.capacity_bytes}
+            return 200, {**sizes, "extent_bytes": 2 << 20}
         if (method, path) == ("POST", "/v1/leases"):
             return self._lease(body)
         return self._of_lease(method, path.split("/")[3], token)
