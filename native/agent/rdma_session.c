@@ -53,7 +53,7 @@ static const char *make_memory(struct fm_session *s)
         return NULL;
     if (errno != ENOMEM && errno != EAGAIN)
         return "the RDMA device does not take the bounce frames\nsee the kernel's log";
-    return "the limit on locked memory is too low to pin 2 MiB of bounce frames for each process\nraise it: ulimit -l unlimited";
+    return "the limit on locked memory is too low to pin 512 KiB of bounce frames\nraise it: ulimit -l unlimited";
 }
 
 static bool to_init(struct fm_session *s)

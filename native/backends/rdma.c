@@ -6,7 +6,8 @@
  * from there when it has come. submit() does that on the caller's thread; one thread (rdma_session.c) takes what has ended
  * and looks at deadlines, for all servers.
  *
- * Bounce frames are never used again while a transfer of them could be under way: a request that is not answered in time
+ * There are fewer bounce frames than frames: who finds none waits in a queue, first come, first served.  They
+ * are never used again while a transfer of them could be under way: a request that is not answered in time
  * ends the whole session, and the next has new ones.  The agent asks the server for another queue pair only when the old one
  * is gone at both ends, so a write that was given up can't come after a later one.
  * Servers know nothing of each other: each has a session of its own, once something is asked of it.
@@ -28,7 +29,7 @@ static uint32_t first_slot(const struct fm_rdma *r) { return r->span->first * FM
 
 static struct fm_rdma_transfer *transfer_of(struct fm_rdma *r, const struct fm_io *io)
 {
-    fm_assert(io->n > 0 && io->n <= FM_RDMA_PAGES_MAX && io->frame < FM_RDMA_FRAMES && io->frame + io->n <= FM_RDMA_FRAMES);
+    fm_assert(io->n > 0 && io->n <= FM_RDMA_PAGES_MAX && io->frame < FM_BACKEND_FRAMES_MAX);
     return &r->transfer[io->frame];
 }
 
@@ -88,40 +89,69 @@ static void forget(struct fm_rdma *r, struct fm_rdma_transfer *t)
     __atomic_sub_fetch(&r->outstanding, 1, __ATOMIC_SEQ_CST);
 }
 
-bool fm_rdma_reap(struct fm_rdma *r)
+/* ---- bounce frames, and the queue for them: all of it inside the lock --------------------------------------- */
+
+static bool is_taken(const struct fm_rdma *r, uint32_t frame) { return (r->taken[frame / 64] >> frame % 64 & 1) != 0; }
+
+static void set_taken(struct fm_rdma *r, uint32_t frame, uint32_t n, bool on)
 {
-    struct fm_rdma_ring *ring = r->session.ring;
-    uint32_t completed = __atomic_load_n(&ring->completed, __ATOMIC_ACQUIRE);
-    for (; r->session.reaped != completed; r->session.reaped++) {
-        uint32_t frame = ring->done[r->session.reaped % FM_RDMA_FRAMES];
-        if (frame >= FM_RDMA_FRAMES)
-            return false;
-        struct fm_rdma_transfer *t = &r->transfer[frame];
-        if (__atomic_load_n(&t->state, __ATOMIC_ACQUIRE) != FM_RDMA_ISSUED)
-            return false;
-        struct fm_io *io = t->io;
-        if (io->kind == FM_IO_FETCH)
-            __builtin_memcpy(fm_io_bytes(r->b, io), fm_rdma_bounce(r, frame), (uint64_t)io->n * FM_PAGE_BYTES);
-        fm_lock_take(&r->lock);
-        forget(r, t);
-        fm_lock_drop(&r->lock);
-        tell(r, io, 0, false);
+    for (uint32_t f = frame; f < frame + n; f++) {
+        fm_assert(is_taken(r, f) != on);
+        r->taken[f / 64] ^= 1ull << f % 64;
     }
-    return true;
+}
+
+/* Neighbours for a transfer; false: there are none now. */
+static bool take_bounce(struct fm_rdma *r, struct fm_rdma_transfer *t)
+{
+    uint32_t n = t->io->n, free = 0;
+    for (uint32_t f = 0; f < FM_RDMA_FRAMES; f++) {
+        free = is_taken(r, f) ? 0 : free + 1;
+        if (free < n)
+            continue;
+        t->bounce = f + 1 - n;
+        t->state = FM_RDMA_ISSUING;
+        set_taken(r, t->bounce, n, true);
+        r->bounced[t->bounce] = t;
+        return true;
+    }
+    return false;
+}
+
+static void push(struct fm_rdma *r, struct fm_rdma_transfer *t)
+{
+    t->state = FM_RDMA_WAITING;
+    t->io->next = NULL;
+    if (r->head == NULL)
+        r->head = t->io;
+    else
+        r->tail->next = t->io;
+    r->tail = t->io;
+}
+
+/* The next that can be issued, which the caller then does; or NULL. */
+static struct fm_rdma_transfer *pop(struct fm_rdma *r)
+{
+    struct fm_io *io = r->head;
+    if (io == NULL || !r->up || !take_bounce(r, transfer_of(r, io)))
+        return NULL;
+    r->head = io->next;
+    return transfer_of(r, io);
 }
 
 /* ---- issuing ------------------------------------------------------------------------------------------- */
 
-/* The caller counts among the users, so the session's memory is there, even if nobody looks at it any more. */
+/* The caller counts among the users, or is the session's thread, so the session's memory is there. */
 static void issue(struct fm_rdma *r, struct fm_rdma_transfer *t)
 {
     const struct fm_io *io = t->io;
     struct fm_rdma_ring *ring = r->session.ring;
     if (io->kind == FM_IO_STORE)
-        __builtin_memcpy(fm_rdma_bounce(r, io->frame), fm_io_bytes(r->b, io), (uint64_t)io->n * FM_PAGE_BYTES);
+        __builtin_memcpy(fm_rdma_bounce(r, t->bounce), fm_io_bytes(r->b, io), (uint64_t)io->n * FM_PAGE_BYTES);
     fm_lock_take(&r->lock);
     ring->request[ring->requested % FM_RDMA_FRAMES] = (struct fm_rdma_request){
-        .kind = io->kind == FM_IO_FETCH ? FM_RDMA_READ : FM_RDMA_WRITE, .frame = io->frame, .slot = io->slot - first_slot(r), .n = io->n };
+        .kind = io->kind == FM_IO_FETCH ? FM_RDMA_READ : FM_RDMA_WRITE, .frame = t->bounce, .slot = io->slot - first_slot(r),
+        .n = io->n };
     __atomic_store_n(&t->state, FM_RDMA_ISSUED, __ATOMIC_RELEASE);
     __atomic_store_n(&ring->requested, ring->requested + 1, __ATOMIC_SEQ_CST);
     fm_lock_drop(&r->lock);
@@ -130,29 +160,59 @@ static void issue(struct fm_rdma *r, struct fm_rdma_transfer *t)
 
 static void leave_session(struct fm_rdma *r) { __atomic_sub_fetch(&r->users, 1, __ATOMIC_SEQ_CST); }
 
+/* By the session's thread: what waits, as far as there are bounce frames. */
+static void issue_waiting(struct fm_rdma *r)
+{
+    struct fm_rdma_transfer *t;
+    do {
+        fm_lock_take(&r->lock);
+        t = pop(r);
+        fm_lock_drop(&r->lock);
+        if (t != NULL)
+            issue(r, t);
+    } while (t != NULL);
+}
+
+bool fm_rdma_reap(struct fm_rdma *r)
+{
+    struct fm_rdma_ring *ring = r->session.ring;
+    uint32_t completed = __atomic_load_n(&ring->completed, __ATOMIC_ACQUIRE);
+    for (; r->session.reaped != completed; r->session.reaped++) {
+        uint32_t bounce = ring->done[r->session.reaped % FM_RDMA_FRAMES];
+        if (bounce >= FM_RDMA_FRAMES)
+            return false;
+        fm_lock_take(&r->lock);
+        struct fm_rdma_transfer *t = r->bounced[bounce];
+        bool right = t != NULL && t->state == FM_RDMA_ISSUED;
+        fm_lock_drop(&r->lock);
+        if (!right)
+            return false;
+        struct fm_io *io = t->io;
+        if (io->kind == FM_IO_FETCH)
+            __builtin_memcpy(fm_io_bytes(r->b, io), fm_rdma_bounce(r, bounce), (uint64_t)io->n * FM_PAGE_BYTES);
+        fm_lock_take(&r->lock);
+        set_taken(r, bounce, io->n, false);
+        r->bounced[bounce] = NULL;
+        forget(r, t);
+        fm_lock_drop(&r->lock);
+        issue_waiting(r);
+        tell(r, io, 0, false);
+    }
+    return true;
+}
+
 void fm_rdma_came_up(struct fm_rdma *r)
 {
-    uint32_t waiting[FM_RDMA_FRAMES / 32] = { 0 };
     fm_lock_take(&r->lock);
     fm_rdma_store(&r->up, 1);
-    __atomic_add_fetch(&r->users, 1, __ATOMIC_SEQ_CST);
-    for (uint32_t f = 0; f < FM_RDMA_FRAMES; f++) {
-        if (r->transfer[f].state != FM_RDMA_WAITING)
-            continue;
-        r->transfer[f].state = FM_RDMA_ISSUING;
-        waiting[f / 32] |= 1u << f % 32;
-    }
     fm_lock_drop(&r->lock);
-    for (uint32_t f = 0; f < FM_RDMA_FRAMES; f++)
-        if ((waiting[f / 32] & 1u << f % 32) != 0)
-            issue(r, &r->transfer[f]);
-    leave_session(r);
+    issue_waiting(r);
 }
 
 static uint64_t oldest(const struct fm_rdma *r, uint64_t now)
 {
     uint64_t since = now;
-    for (uint32_t f = 0; f < FM_RDMA_FRAMES && r->outstanding > 0; f++)
+    for (uint32_t f = 0; f < FM_BACKEND_FRAMES_MAX && r->outstanding > 0; f++)
         if (r->transfer[f].state != FM_RDMA_NONE && r->transfer[f].since_ns < since)
             since = r->transfer[f].since_ns;
     return since;
@@ -169,11 +229,13 @@ void fm_rdma_went_down(struct fm_rdma *r)
     while (__atomic_load_n(&r->users, __ATOMIC_SEQ_CST) != 0)
         fm_sleep_ns(USERS_STEP_NS);
     fm_lock_take(&r->lock);
-    for (struct fm_rdma_transfer *t = r->transfer; t < r->transfer + FM_RDMA_FRAMES; t++) {
+    for (struct fm_rdma_transfer *t = r->transfer; t < r->transfer + FM_BACKEND_FRAMES_MAX; t++) {
         fm_assert(t->state != FM_RDMA_ISSUING);
         if (t->state == FM_RDMA_ISSUED)
-            t->state = FM_RDMA_WAITING;
+            push(r, t);
     }
+    __builtin_memset(r->taken, 0, sizeof r->taken);       /* the next session has new ones */
+    __builtin_memset(r->bounced, 0, sizeof r->bounced);
     fm_lock_drop(&r->lock);
     fm_add(r->b->chain->count->pool_connections_lost, 1);
 }
@@ -190,22 +252,36 @@ static void see_whether_gone(struct fm_rdma *r)
         fm_talk_say(&r->talk, FM_LEVEL_ERROR, "has ended our lease", ": what was stored there is lost; bytes", stored_bytes(r));
 }
 
-/* Those that nobody has in hand and that are due; *under_way: one is due that the agent has. */
-static struct fm_io *take_due(struct fm_rdma *r, uint64_t now, bool *under_way)
+static bool is_due(const struct fm_rdma *r, const struct fm_rdma_transfer *t, uint64_t now)
 {
-    struct fm_io *failed = NULL;
-    bool all = hopeless(r, now);
-    for (struct fm_rdma_transfer *t = r->transfer; t < r->transfer + FM_RDMA_FRAMES; t++) {
-        if (t->state == FM_RDMA_NONE || (!all && !too_long(r, t->since_ns, now)))
+    return hopeless(r, now) || too_long(r, t->since_ns, now);
+}
+
+/* Those that wait and are due, out of the books. */
+static struct fm_io *take_due(struct fm_rdma *r, uint64_t now)
+{
+    struct fm_io *io = r->head, *failed = NULL, *next;
+    r->head = NULL;
+    for (; io != NULL; io = next) {
+        next = io->next;
+        struct fm_rdma_transfer *t = transfer_of(r, io);
+        if (!is_due(r, t, now)) {
+            push(r, t);
             continue;
-        *under_way |= t->state == FM_RDMA_ISSUED;
-        if (t->state != FM_RDMA_WAITING)
-            continue;
-        t->io->next = failed;
-        failed = t->io;
+        }
+        io->next = failed;
+        failed = io;
         forget(r, t);
     }
     return failed;
+}
+
+static bool any_due_under_way(const struct fm_rdma *r, uint64_t now)
+{
+    for (uint32_t f = 0; f < FM_RDMA_FRAMES; f++)
+        if (r->bounced[f] != NULL && is_due(r, r->bounced[f], now))
+            return true;
+    return false;
 }
 
 bool fm_rdma_look(struct fm_rdma *r)
@@ -217,8 +293,10 @@ bool fm_rdma_look(struct fm_rdma *r)
     fm_lock_take(&r->lock);
     uint64_t since = oldest(r, now);
     bool up = r->up != 0, used = r->used != 0, lost = hopeless(r, now);
-    if (r->outstanding > 0)
-        failed = take_due(r, now, &under_way);
+    if (r->outstanding > 0) {
+        under_way = any_due_under_way(r, now);
+        failed = take_due(r, now);
+    }
     fm_lock_drop(&r->lock);
     if (used || lost)                        /* who has not asked anything of it knows nothing */
         shut(r, lost);
@@ -262,16 +340,19 @@ static void rdma_submit(struct fm_backend *b, struct fm_io *io)
     fm_lock_take(&r->lock);
     if (!r->used)
         begin(r, now);
-    bool refused = hopeless(r, now), up = r->up != 0;
+    bool refused = hopeless(r, now), issues = false;
     fm_assert(t->state == FM_RDMA_NONE);
     if (!refused) {
-        *t = (struct fm_rdma_transfer){ .io = io, .since_ns = now, .state = up ? FM_RDMA_ISSUING : FM_RDMA_WAITING };
+        *t = (struct fm_rdma_transfer){ .io = io, .since_ns = now };
         __atomic_add_fetch(&r->outstanding, 1, __ATOMIC_SEQ_CST);
-        if (up)
+        issues = r->up && r->head == NULL && take_bounce(r, t);
+        if (issues)
             __atomic_add_fetch(&r->users, 1, __ATOMIC_SEQ_CST);
+        else
+            push(r, t);
     }
     fm_lock_drop(&r->lock);
-    if (!refused && up) {
+    if (issues) {
         issue(r, t);
         leave_session(r);
     }

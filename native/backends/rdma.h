@@ -9,7 +9,7 @@
 
 enum fm_rdma_state {
     FM_RDMA_NONE = 0,
-    FM_RDMA_WAITING,                  /* for a session */
+    FM_RDMA_WAITING,                  /* for a session, or for bounce frames: in the queue */
     FM_RDMA_ISSUING,                  /* whoever issues it has it in hand, for a moment */
     FM_RDMA_ISSUED                    /* the agent has it */
 };
@@ -18,7 +18,10 @@ struct fm_rdma_transfer {
     struct fm_io *io;
     uint64_t since_ns;                /* when it was asked for: the deadline counts from here, however often it is issued */
     uint32_t state;                   /* enum fm_rdma_state */
+    uint32_t bounce;                  /* the first of its bounce frames, once it is issued */
 };
+
+#define FM_RDMA_BOUNCE_WORDS (FM_RDMA_FRAMES / 64)
 
 /* A session is over when its socket is: then nothing of it is under way any more, or will be. */
 struct fm_rdma_session {
@@ -34,7 +37,10 @@ struct fm_rdma {
     struct fm_backend *b;
     struct fm_pool_server *server;
     const struct fm_pool_span *span;  /* its extents */
-    fm_lock lock;                     /* of the transfers, up and the ring of requests */
+    fm_lock lock;                     /* of the transfers, the queue, the bounce frames, up and the ring of requests */
+    struct fm_io *head, *tail;        /* those that wait, the oldest first */
+    uint64_t taken[FM_RDMA_BOUNCE_WORDS];               /* bounce frames, a bit for each */
+    struct fm_rdma_transfer *bounced[FM_RDMA_FRAMES];   /* by the first bounce frame */
     uint32_t outstanding;
     uint32_t up;                      /* there is a session */
     uint32_t used;                    /* something was asked of it: a session is begun */
@@ -43,7 +49,7 @@ struct fm_rdma {
     struct fm_talk talk;
     uint64_t down_since_ns;           /* while none is up: since when nothing has come */
     struct fm_rdma_session session;   /* the thread's, and its ring the users' */
-    struct fm_rdma_transfer transfer[FM_RDMA_FRAMES];   /* by its first frame */
+    struct fm_rdma_transfer transfer[FM_BACKEND_FRAMES_MAX];      /* by its first frame */
 };
 
 /* By the server's number. */

@@ -5,8 +5,8 @@
  * is in it, for a side that has said that it sleeps.  The end of the socket is the end of the session, for both: what was
  * under way is not, any more, and a new session has new memory.
  *
- * A transfer is named by its first frame, and its bounce frames are those of the same numbers.  So as many can be under way
- * as there are frames, and neither ring can overflow.
+ * A transfer is named by the first of its bounce frames, which are neighbours; the engine chooses them.  So as many can be
+ * under way as there are frames, and neither ring can overflow.
  */
 #ifndef FM_RDMA_RING_H
 #define FM_RDMA_RING_H
@@ -16,10 +16,10 @@
 
 #define FM_RDMA_MAGIC 0x61646d72666dull
 #define FM_RDMA_VERSION 2u
-#define FM_RDMA_FRAMES 512u              /* FM_FRAMES of the engine, and the places of each ring */
+#define FM_RDMA_FRAMES 128u              /* bounce frames, and the places of each ring */
 #define FM_RDMA_PAGES_MAX 32u            /* of one transfer: FM_WINDOW_MAX */
 #define FM_RDMA_PAGE_BYTES 4096u
-#define FM_RDMA_FRAMES_AT 16384u         /* in the memfd */
+#define FM_RDMA_FRAMES_AT 4096u         /* in the memfd */
 #define FM_RDMA_SHARED_BYTES (FM_RDMA_FRAMES_AT + FM_RDMA_FRAMES * FM_RDMA_PAGE_BYTES)
 #define FM_RDMA_TOKEN_BYTES 16u
 

@@ -21,7 +21,7 @@
 #include "check.h"
 #include "rdma_peer.h"
 
-#define FRAMES FM_RDMA_FRAMES
+#define FRAMES FM_BACKEND_FRAMES_MAX
 #define EXTENTS 8u
 #define EXTENT_BYTES (FM_EXTENT_SLOTS * (uint64_t)FM_PAGE_BYTES)
 #define LEASE_BYTES (EXTENTS * EXTENT_BYTES)
@@ -264,16 +264,16 @@ static void *be_other(void *arg)
     struct other o = join_as(100 + number);
     for (uint32_t round = 0; round < 200; round++) {
         for (uint32_t k = 0; k < 8; k++) {
-            fill(bounce_of(&o, k * 16), 16, number * 1000000 + round * 100 + k);
-            request(&o, (struct fm_rdma_request){ FM_RDMA_WRITE, k * 16, slot + k * 16, 16 });
+            fill(bounce_of(&o, k * 8), 8, number * 1000000 + round * 100 + k);
+            request(&o, (struct fm_rdma_request){ FM_RDMA_WRITE, k * 8, slot + k * 8, 8 });
         }
         for (uint32_t k = 0; k < 8; k++)
-            CHECK(await_done(&o) == k * 16);             /* of one queue pair: in order */
+            CHECK(await_done(&o) == k * 8);              /* of one queue pair: in order */
         for (uint32_t k = 0; k < 8; k++)
-            request(&o, (struct fm_rdma_request){ FM_RDMA_READ, 256 + k * 16, slot + k * 16, 16 });
+            request(&o, (struct fm_rdma_request){ FM_RDMA_READ, 64 + k * 8, slot + k * 8, 8 });
         for (uint32_t k = 0; k < 8; k++) {
-            CHECK(await_done(&o) == 256 + k * 16);
-            is_filled(bounce_of(&o, 256 + k * 16), 16, number * 1000000 + round * 100 + k);
+            CHECK(await_done(&o) == 64 + k * 8);
+            is_filled(bounce_of(&o, 64 + k * 8), 8, number * 1000000 + round * 100 + k);
         }
     }
     close(o.sock);
@@ -470,7 +470,7 @@ static void strangers_get_nothing(void)
 static void what_is_not_ones_own(void)
 {
     static const struct fm_rdma_request wrong[] = {
-        { FM_RDMA_READ, FRAMES, 0, 1 },         { FM_RDMA_READ, FRAMES - 1, 0, 2 },
+        { FM_RDMA_READ, FM_RDMA_FRAMES, 0, 1 }, { FM_RDMA_READ, FM_RDMA_FRAMES - 1, 0, 2 },
         { FM_RDMA_READ, 0, 0, 0 },              { FM_RDMA_READ, 0, 0, 33 },
         { FM_RDMA_WRITE, 0, EXTENTS * 512, 1 }, { FM_RDMA_WRITE, 0, EXTENTS * 512 - 1, 2 },
         { 0, 0, 0, 1 },                         { 3, 0, 0, 1 },
