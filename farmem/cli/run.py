@@ -115,7 +115,7 @@ def _file_io_from(environment: dict[bytes, bytes]) -> tuple[int, bool]:
     "file:PATH: a new or empty file; file:SIZE:PATH: at most SIZE of it (else nine tenths of what "
     "is free there, up to 1T). tcp://HOST:PORT, unix:///PATH: memory of another host that runs "
     "`farmem serve`, by its address or its socket (?size=8G behind it: so much, at once; else "
-    "more and more of what it has, as it is needed). rdma://HOST:PORT: one lease of it, read and "
+    "more and more of what it has, as it is needed). rdma://HOST:PORT: the same, read and "
     "written by one-sided RDMA. nbd://HOST[:PORT]/EXPORT, "
     "nbds://... (with TLS), nbd+unix:///EXPORT?socket=PATH: the export of any NBD server; all of "
     "it is overwritten. Of servers there can be several, each with a --pool of its own: what is "
