@@ -75,6 +75,7 @@ class Agent:
     ) -> None:
         self.name = os.path.basename(path)
         self.starts = 0
+        self.tries = 0  # of starting it: which of them is heard and told
         self._path = path
         self._arguments = [self.name, *arguments]
         self._fds = list(fds)
@@ -101,6 +102,7 @@ class Agent:
         except TimeoutError as error:
             self._abandon()
             raise FarmemError(f"{self.name} does not start", "try again") from error
+        self.starts += 1
         if line == _READY:
             return
         said = line or (self._lines[-1] if self._lines else "")
@@ -112,7 +114,7 @@ class Agent:
     def tell(self, line: str, start: int | None = None) -> None:
         """Write a line to its stdin, or to that of one start of it.  OSError: it has gone."""
         with self._ending:
-            leash = self._leash if start in (None, self.starts) else None
+            leash = self._leash if start in (None, self.tries) else None
         if leash is None:
             raise ConnectionResetError(f"{self.name} has ended")
         with self._telling:
@@ -220,7 +222,7 @@ class Agent:
             _, pidfds, _, _ = socket.recv_fds(told, 1, 1)
         with self._ending:
             self._leash, self._rest, self._lines = ours, b"", []
-            self.starts += 1
+            self.tries += 1
         if not pidfds:
             self._abandon()
             raise FarmemError(f"{self.name} could not be started", "try again")

@@ -204,9 +204,9 @@ class RdmaAgent:
                 with self._trying:
                     self._trials.discard(int(number))
             if ear is not None:
-                ear.put(Heard(self._agent.starts, line))
+                ear.put(Heard(self._agent.tries, line))
             elif word == _OPEN:
-                refuse(self._agent.tell, Heard(self._agent.starts, line))
+                refuse(self._agent.tell, Heard(self._agent.tries, line))
         elif line.startswith(_FAILED):
             _, what, hint = [*line.split("\t", 2), "", ""][:3]
             self.failure = FarmemError(printable(what), printable(hint))

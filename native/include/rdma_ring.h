@@ -1,9 +1,9 @@
 /* rdma_ring.h - what the engine (backends/rdma*.c) and the agent of `rdma:` pools (agent/rdma_*.c) say to each other.
  *
  * For each lease that it uses the engine connects to the agent's Unix socket (SOCK_SEQPACKET) and sends a hello; the agent
- * answers with a welcome and a memfd, which both map: two rings and the bounce frames.  From then on a message on the socket is a bell, whatever
- * is in it, for a side that has said that it sleeps.  The end of the socket is the end of the session, for both: what was
- * under way is not, any more, and a new session has new memory.
+ * answers with a welcome and a memfd, which both map: two rings and the bounce frames.  From then on a message on the
+ * socket is a bell, whatever is in it, for a side that has said that it sleeps.  The end of the socket is the end of the
+ * session, for both: what was under way is not, any more, and a new session has new memory.
  *
  * A transfer is named by the first of its bounce frames, which are neighbours; the engine chooses them.  So as many can be
  * under way as there are frames, and neither ring can overflow.

@@ -30,7 +30,7 @@ struct peer {
     atomic_uint opened_of[PEER_LEASES], closed_of[PEER_LEASES];
     atomic_uint silent_of[PEER_LEASES];   /* its server answers nothing */
     atomic_uint refuses;              /* so many halves are not given */
-    atomic_uint one_at_a_time;        /* of the one process and lease that there is: the old half is gone before the new one is made */
+    atomic_uint one_at_a_time;        /* of the one process and lease: the old half is gone before the new one is made */
 };
 
 extern struct peer peer;
