@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import Job, assert_ok, assert_paged, compile_c, run_farmem, start_farmem
+from tests.harness import assert_ok, assert_paged, compile_c, run_farmem, start_farmem
 from tests.pools.fake_fabric import FakeRdmaServe, fake_rdmas
 from tests.pools.nbd_servers import nbd_server
 from tests.pools.serving import MIB, serving, until
@@ -47,16 +47,6 @@ def growing(servers: list[FakeRdmaServe]) -> tuple[str, ...]:
     return options_of(*(server.url for server in servers))
 
 
-def await_line(job: Job, text: str) -> None:
-    assert job.out is not None
-    assert job.out.wait_for(text.encode(), LIMIT_S), (text, job.finish(0.1).describe())
-
-
-def await_word(job: Job, text: str) -> None:
-    assert job.err is not None
-    assert job.err.wait_for(text.encode(), LIMIT_S), (text, job.finish(0.1).describe())
-
-
 # ---- right bytes
 
 
@@ -78,7 +68,7 @@ def test_one_agent_does_for_all(servers: list[FakeRdmaServe]) -> None:
     with start_farmem(
         ["sh", "-c", "echo up; exec sleep 60"], local="32M", options=sized(servers)
     ) as job:
-        await_line(job, "up")
+        job.await_out("up")
         assert len(servers[0].agents()) == 1
         assert [len(server.leases) for server in servers] == [1, 1]
         assert not any(server.queue_pairs for server in servers), "nothing was asked of any yet"
@@ -140,7 +130,7 @@ def test_a_server_is_asked_for_little_at_first(servers: list[FakeRdmaServe]) -> 
     with start_farmem(
         ["sh", "-c", "echo up; exec sleep 60"], local="32M", options=growing(servers[:1])
     ) as job:
-        await_line(job, "up")
+        job.await_out("up")
         assert [part.size_bytes for part in servers[0].parts.values()] == [64 * MIB]
         job.process.kill()
 
@@ -152,16 +142,16 @@ def test_what_is_not_needed_any_more_is_given_back(
     with start_farmem(
         [compile_c("gives_back"), str(tmp_path)], local="32M", options=growing(servers[:1])
     ) as job:
-        await_line(job, "away")
+        job.await_out("away")
         most = len(servers[0].leases)
         assert most >= 2
         for step in ("away", "discarded"):
             (tmp_path / step).touch()
-        await_line(job, "unmapped")
+        job.await_out("unmapped")
         until(lambda: len(servers[0].leases) < most, "a lease that is given back", LIMIT_S)
         assert {lease for lease, _ in servers[0].queue_pairs.values()} <= servers[0].leases
         for step in ("unmapped", "child", "killed"):
-            await_line(job, step)
+            job.await_out(step)
             (tmp_path / step).touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -248,7 +238,7 @@ def test_the_others_take_what_comes_then(
         with start_farmem(
             [compile_c("newcomer"), str(tmp_path / "go")], local="32M", options=options
         ) as job:
-            await_line(job, "ready")
+            job.await_out("ready")
             if dies == 0:
                 servers[0].silence()
             else:
@@ -265,12 +255,12 @@ def test_one_that_is_silent_is_waited_for(servers: list[FakeRdmaServe], tmp_path
     with start_farmem(
         [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=sized(servers)
     ) as job:
-        await_line(job, "ready")
+        job.await_out("ready")
         made = servers[0].made
         servers[1].silence()
-        await_word(job, "does not answer")
+        job.await_err("does not answer")
         servers[1].silence(False)
-        await_word(job, "answers again")
+        job.await_err("answers again")
         (tmp_path / "stop").touch()
         result = job.finish(LIMIT_S)
     assert_ok(result)
@@ -286,7 +276,7 @@ def test_an_agent_that_is_killed_is_started_again(
     with start_farmem(
         [compile_c("endless"), str(tmp_path / "stop")], local="32M", options=sized(servers)
     ) as job:
-        await_line(job, "ready")
+        job.await_out("ready")
         until(lambda: all(len(server.queue_pairs) == 1 for server in servers), "both in use")
         made = [server.made for server in servers]
         (agent,) = servers[0].agents()
