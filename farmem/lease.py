@@ -237,6 +237,8 @@ class Lease:
         name = self._control.server.name
         while not self._ended.wait(wait):
             reason = self._renew()
+            if self._ended.is_set():
+                return  # it was given back meanwhile, and nothing is lost
             if self._lost:
                 say(f"the lease on {name} has gone ({reason}): pages that are there are lost")
                 lost()
