@@ -1,56 +1,106 @@
 """Runs in two guests at once, which are joined by a wire: a server in one, its client in the other.
 
-Which it is, FARMEM_GUEST_LINK says (tools/guest.sh --link).
+Which it is, FARMEM_GUEST_LINK says (tools/guest.sh --link).  The client judges.  The server's guest
+tells it what it asks for over a connection of the test's own, and stays until the client has hung
+up: its end is the end of the network, and an answer that is still under way would be lost with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import random
-import sys
+import socket
+from typing import Any
 
 from tests.pools.serving import LIMIT_S, MIB, Server, serving, until
 from tests.rdma.batch import REQUIRED, counter, fails_with
 from tests.rdma.client import Client
 
-HOST, PORT = "10.99.0.1", 7717
+HOST, PORT, TALK_PORT = "10.99.0.1", 7717, 7718
 SIZE = 4 * MIB
 BLOCK = 64 << 10
+CONNECT_S = 5  # then it is tried again
+GOODBYE_S = 20
+
+
+# ---- the server's guest
+
+
+def figures(server: Server) -> dict[str, Any]:
+    metrics = server.metrics()
+    return {
+        "leases": server.about()["leases"],
+        "clearing_bytes": metrics["clearing_bytes"],
+        "queue_pairs": metrics["rdma_queue_pairs"],
+        "nbd_writes": metrics['data_requests_total{kind="write"}'],
+        "released": server.log.count(": released"),
+    }
+
+
+def serve() -> None:
+    """Until the client hangs up."""
+    listens = ("127.0.0.1:0", f"{HOST}:{PORT}")
+    with (
+        socket.create_server((HOST, TALK_PORT)) as door,
+        serving(*REQUIRED, "--tls", "off", listens=listens) as server,
+    ):
+        door.settimeout(LIMIT_S)
+        talk = door.accept()[0]
+        talk.settimeout(LIMIT_S)
+        with talk, talk.makefile("rw") as lines:
+            for _ in lines:
+                print(json.dumps(figures(server)), file=lines, flush=True)
+
+
+# ---- the client's
 
 
 class FarServer(Server):
-    """The server, as it is seen from the other host: all that there is of it is its port."""
+    """The server, as it is seen from the other host: its port, and what its guest tells."""
 
     def __init__(self) -> None:
         self.tokens = set()
         self.given = []
+        self._talk: socket.socket = until(self._reach, "the server's guest")
+        self._lines = self._talk.makefile("rw")
+
+    def _reach(self) -> socket.socket | None:
+        with contextlib.suppress(OSError):
+            talk = socket.create_connection((HOST, TALK_PORT), CONNECT_S)
+            talk.settimeout(LIMIT_S)
+            return talk
+        return None
 
     def connection(self, way: str = "") -> http.client.HTTPConnection:
         return http.client.HTTPConnection(HOST, PORT, timeout=LIMIT_S)
 
-    def is_there(self) -> bool:
-        try:
-            return self.ask("GET", "/healthz")[0] == 200
-        except OSError:
-            return False
+    def figures(self) -> dict[str, Any]:
+        """Once it serves."""
+        print("figures", file=self._lines, flush=True)
+        found = json.loads(self._lines.readline())
+        assert isinstance(found, dict)
+        return found
+
+    def __enter__(self) -> FarServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Until the other guest has seen it, or has gone: nothing of it is needed any more."""
+        with contextlib.suppress(OSError):
+            self._talk.shutdown(socket.SHUT_WR)
+            self._talk.settimeout(GOODBYE_S)
+            while self._talk.recv(4096):
+                pass
+        self._lines.close()
+        self._talk.close()
 
 
-def serve() -> None:
-    """Until the client's lease has come and gone; what it did was not done by us."""
-    listens = ("127.0.0.1:0", f"{HOST}:{PORT}")
-    with serving(*REQUIRED, "--tls", "off", listens=listens) as server:
-        until(lambda: server.metrics()["leases_granted_total"], "the client's lease")
-        until(lambda: server.about()["leases"] == 0, "the client's end")
-        until(lambda: server.metrics()["clearing_bytes"] == 0, "the memory")
-        metrics = server.metrics()
-        assert metrics['data_requests_total{kind="write"}'] == metrics["rdma_queue_pairs"] == 0
-        until(lambda: "released" in server.log, "the lease's end")
-
-
-def use() -> None:
-    server = FarServer()
-    until(server.is_there, "the server")
+def verbs(server: FarServer) -> None:
+    """With pyverbs alone: what is written is read."""
+    assert server.figures()["leases"] == 0
     lease = server.lease(SIZE)
     source = random.Random(5)
     blocks = {at: source.randbytes(BLOCK) for at in range(0, SIZE, BLOCK)}
@@ -65,15 +115,19 @@ def use() -> None:
         assert counter("sent_pkts") - before >= SIZE // client.theirs["mtu"]
         server.release(lease)
         assert fails_with(lambda: client.read(0, 1))
+    until(lambda: server.figures()["clearing_bytes"] == 0, "the memory")
+    found = server.figures()
+    assert found["leases"] == found["queue_pairs"] == found["nbd_writes"] == 0, found
+    assert found["released"] == 1, found
 
 
 def main() -> None:
     if os.environ["FARMEM_GUEST_LINK"] == "0":
         serve()
     else:
-        use()
+        with FarServer() as server:
+            verbs(server)
     print("all is well", flush=True)
-    sys.stdout.flush()
 
 
 main()
