@@ -7,85 +7,25 @@ programs check their own bytes, and the counters must show that pages went out a
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.guest.booted import Batch, assert_kernel_content, run_batch, set_up
 from tests.guest.cases import LOST, REFUSED, SAFETY, WORDS_PERCENT, Case, compile_all
-from tests.harness import ROOT, Result, assert_ok, assert_paged
+from tests.harness import Result, assert_ok, assert_paged
 
 pytestmark = [pytest.mark.safety, pytest.mark.guest]
 
-GUEST = ROOT / "tools" / "guest.sh"
-SUITE = "bookworm"
-SETUP_SECONDS = 300
-BATCH_SECONDS = 1500  # only to end a hang: it takes a few minutes
 PAGE_BYTES = 4096
-# What a kernel says of itself when something is wrong with it.
-KERNEL_COMPLAINS = re.compile(r"kernel BUG|BUG:|WARNING:|Oops|general protection fault")
-
-
-@dataclass
-class Batch:
-    """What the guest gave: a line per case, and the kernel's log."""
-
-    found: dict[str, dict[str, Any]]
-    end: str
-    log: str
-
-    def take(self, name: str) -> dict[str, Any]:
-        assert name in self.found, f"the guest gave no result for {name}\n{self.end}"
-        found = self.found[name]
-        if "skipped" in found:
-            pytest.skip(found["skipped"])
-        return found
-
-    def result(self, name: str) -> Result:
-        found = self.take(name)
-        return Result(
-            found["returncode"],
-            found["stdout"].encode(),
-            found["stderr"].encode(),
-            found["stats"],
-            found["timed_out"],
-        )
 
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     """Boot the guest and run everything in it, once."""
-    ready = subprocess.run(
-        [GUEST, "--setup", "--suite", SUITE],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SETUP_SECONDS,
-    )
-    if ready.returncode != 0:
-        pytest.skip(f"no guest can be had: {ready.stderr.strip()}")
+    set_up()
     compile_all()
-    log = tmp_path_factory.mktemp("guest") / "kernel.log"
-    words = ["--suite", SUITE, "--timeout", str(BATCH_SECONDS), "--log", str(log)]
-    python = ROOT / ".venv" / "bin" / "python"
-    run = subprocess.run(
-        [GUEST, *words, "--", python, "-m", "tests.guest.batch"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    end = f"the guest ended with {run.returncode}\n{run.stderr[-4000:]}"
-    return Batch({line["name"]: line for line in lines}, end, _text_of(log))
-
-
-def _text_of(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
+    return run_batch("tests.guest.batch", tmp_path_factory.mktemp("guest") / "kernel.log")
 
 
 def assert_copied(result: Result, evicted_pages: int, fetched_pages: int) -> None:
@@ -147,5 +87,4 @@ def test_a_lost_page_ends_the_program(batch: Batch) -> None:
 
 
 def test_the_kernel_has_nothing_to_complain_of(batch: Batch) -> None:
-    assert "guest: the command starts" in batch.log, f"there is no log\n{batch.end}"
-    assert [line for line in batch.log.splitlines() if KERNEL_COMPLAINS.search(line)] == []
+    assert_kernel_content(batch.log)
