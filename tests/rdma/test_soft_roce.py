@@ -1,7 +1,7 @@
-"""`farmem serve` with real verbs: a kernel's RDMA, in a guest with a Soft-RoCE device.
+"""`farmem serve` and `farmem run --pool rdma://` on a kernel's RDMA: in a guest with Soft-RoCE.
 
-One boot (tools/guest.sh) runs the batch of batch.py, whose client shares nothing with farmem but
-the protocol; each case is shown here by itself.
+One boot (tools/guest.sh) runs the batch of batch.py; each case is shown here by itself.  A second
+one, of two guests that are joined by a wire, runs wire.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 
 from tests.guest.booted import Batch, assert_kernel_content, run_batch, set_up, start
 from tests.harness import ROOT
+from tests.rdma import programs
 
 pytestmark = [pytest.mark.pools, pytest.mark.guest, pytest.mark.safety]
 
@@ -45,6 +46,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
     pyverbs = ROOT / "build/guest/rdma/usr/lib/python3/dist-packages/pyverbs"
     if not list(pyverbs.glob(f"device.{sys.implementation.cache_tag}-*.so")):
         pytest.skip(f"the distribution's pyverbs is for another Python: {os.listdir(pyverbs)[:3]}")
+    programs.make_all()
     log = tmp_path_factory.mktemp("guest") / "kernel.log"
     return run_batch("tests.rdma.batch", log, "--rdma")
 
@@ -68,8 +70,19 @@ def test_the_server_does_nothing_per_page(batch: Batch) -> None:
     assert found["requests"] == 0, found
 
 
+def test_forked_children(batch: Batch) -> None:
+    """Under `farmem run`; each with a queue pair of its own."""
+    batch.take("forked_children")
+
+
+def test_a_real_program_at_a_quarter_of_its_memory(batch: Batch) -> None:
+    """sed: the right output, and its pages moved by the device alone (run.py has looked)."""
+    assert batch.take("sed_at_a_quarter")["digest"] == programs.sed_digest()
+
+
 def test_two_hosts_over_a_wire(batch: Batch, tmp_path: Path) -> None:
-    """Server and client each in a guest of its own: what is written here is there."""
+    """A server in one guest; in the other a client of the test's own, then a program under
+    `farmem run`: what is written here is there."""
     batch.take("kernel")
     with tempfile.TemporaryDirectory(prefix="farmem-wire-") as wire:
         logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
@@ -87,7 +100,7 @@ def test_two_hosts_over_a_wire(batch: Batch, tmp_path: Path) -> None:
 
 def test_every_case_is_looked_at(batch: Batch) -> None:
     alone = {"kernel", "the_server_does_nothing_per_page", "everything"}
-    assert set(batch.found) == {*CASES, *alone}, batch.end
+    assert set(batch.found) == {*CASES, *alone, "forked_children", "sed_at_a_quarter"}, batch.end
 
 
 def test_the_kernel_has_nothing_to_complain_of(batch: Batch) -> None:

@@ -1,7 +1,7 @@
-"""Runs in two guests at once, which are joined by a wire: a server in one, its client in the other.
+"""Runs in two guests at once, joined by a wire: a server in one, its clients in the other.
 
-Which it is, FARMEM_GUEST_LINK says (tools/guest.sh --link).  The client judges.  The server's guest
-tells it what it asks for over a connection of the test's own, and stays until the client has hung
+Which it is, FARMEM_GUEST_LINK says (tools/guest.sh --link).  The clients judge.  The server's guest
+tells them what they ask for over a connection of the test's own, and stays until they have hung
 up: its end is the end of the network, and an answer that is still under way would be lost with it.
 """
 
@@ -16,7 +16,8 @@ import socket
 from typing import Any
 
 from tests.pools.serving import LIMIT_S, MIB, Server, serving, until
-from tests.rdma.batch import REQUIRED, counter, fails_with
+from tests.rdma import programs, run
+from tests.rdma.cases import REQUIRED, counter, fails_with, work_of
 from tests.rdma.client import Client
 
 HOST, PORT, TALK_PORT = "10.99.0.1", 7717, 7718
@@ -30,8 +31,9 @@ GOODBYE_S = 20
 
 
 def figures(server: Server) -> dict[str, Any]:
-    metrics = server.metrics()
+    work, metrics = work_of(server), server.metrics()
     return {
+        **work,
         "leases": server.about()["leases"],
         "clearing_bytes": metrics["clearing_bytes"],
         "queue_pairs": metrics["rdma_queue_pairs"],
@@ -41,21 +43,21 @@ def figures(server: Server) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Until the client hangs up."""
+    """Until the clients hang up."""
     listens = ("127.0.0.1:0", f"{HOST}:{PORT}")
     with (
         socket.create_server((HOST, TALK_PORT)) as door,
-        serving(*REQUIRED, "--tls", "off", listens=listens) as server,
+        serving(*REQUIRED, "--tls", "off", listens=listens, capacity=run.CAPACITY) as server,
     ):
         door.settimeout(LIMIT_S)
         talk = door.accept()[0]
-        talk.settimeout(LIMIT_S)
+        talk.settimeout(2 * run.LIMIT_S)
         with talk, talk.makefile("rw") as lines:
             for _ in lines:
                 print(json.dumps(figures(server)), file=lines, flush=True)
 
 
-# ---- the client's
+# ---- its clients'
 
 
 class FarServer(Server):
@@ -98,6 +100,13 @@ class FarServer(Server):
         self._talk.close()
 
 
+def nothing_is_left(server: FarServer) -> dict[str, Any]:
+    until(lambda: server.figures()["clearing_bytes"] == 0, "the memory")
+    found = server.figures()
+    assert found["leases"] == found["queue_pairs"] == found["nbd_writes"] == 0, found
+    return found
+
+
 def verbs(server: FarServer) -> None:
     """With pyverbs alone: what is written is read."""
     assert server.figures()["leases"] == 0
@@ -115,11 +124,18 @@ def verbs(server: FarServer) -> None:
         assert counter("sent_pkts") - before >= SIZE // client.theirs["mtu"]
         server.release(lease)
         # The answer comes first; then the queue pairs go, and then the memory is cleared.
-        until(lambda: server.figures()["clearing_bytes"] == 0, "the memory")
+        assert nothing_is_left(server)["released"] == 1
         assert fails_with(lambda: client.read(0, 1))
-    found = server.figures()
-    assert found["leases"] == found["queue_pairs"] == found["nbd_writes"] == 0, found
-    assert found["released"] == 1, found
+
+
+def farmem_run(server: FarServer) -> None:
+    """A program whose memory is there, moved by the devices alone."""
+    before, received = server.figures(), counter("rcvd_pkts")
+    stats = run.run(programs.VERIFY, HOST, PORT)
+    # Each page is a packet of its own: what is read comes to us, what is written to the server.
+    assert counter("rcvd_pkts") - received >= stats["pages_fetched"], stats
+    after = nothing_is_left(server)
+    run.assert_one_sided({key: after[key] - before[key] for key in before}, stats)
 
 
 def main() -> None:
@@ -128,6 +144,7 @@ def main() -> None:
     else:
         with FarServer() as server:
             verbs(server)
+            farmem_run(server)
     print("all is well", flush=True)
 
 
