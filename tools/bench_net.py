@@ -10,6 +10,7 @@ Three questions, each answered by runs in turn, so that a slow moment falls on a
 
 The pool is a `farmem serve` of its own, over TCP and over a Unix socket; `mem:` stands beside them,
 so that what the wire costs can be told from what a fault costs.  Nothing is left behind.
+With --rdma the same is asked of RDMA, in a guest: see bench_rdma.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import bench_rdma
 from bench_machine import NoiseMeter, describe
 from bench_report import Summary, markdown_table, ratio, summarise, with_spread
 from bench_run import STOP, Child, Failed, Stopped
@@ -178,6 +180,7 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=256, help="memory of the program (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds (default 5)")
     parser.add_argument("--docs", action="store_true", help="write docs/bench-net.md as well")
+    parser.add_argument("--rdma", action="store_true", help="RDMA instead of TCP, in a guest")
     given = parser.parse_args()
     if given.mib < 200 or given.rounds < 1:
         parser.error(
@@ -185,6 +188,9 @@ def main() -> int:
         )
     STOP.install()
     noise = NoiseMeter()
+    if given.rdma:
+        with tempfile.TemporaryDirectory(prefix="farmem-bench-net-") as name:
+            return bench_rdma.run(build(Path(name)), given.rounds, given.docs, noise)
     try:
         with tempfile.TemporaryDirectory(prefix="farmem-bench-net-") as name:
             folder = Path(name)

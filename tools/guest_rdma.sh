@@ -3,12 +3,13 @@
 #
 #   tools/guest_rdma.sh FOLDER
 #
-# FOLDER then holds the distribution's pyverbs, libibverbs and its drivers, unpacked: the guest has
-# it over the host's root. Nothing is installed, because these packages would bring others with
-# them that change the host (udev). It is there as a whole or not at all, and needs no privilege.
+# FOLDER then holds the distribution's pyverbs, libibverbs and its drivers, and perftest (for tools/bench_rdma.py),
+# unpacked: the guest has it over the host's root. Nothing is installed, because these packages would bring others
+# with them that change the host (udev). It is there as a whole or not at all, and needs no privilege.
 set -euo pipefail
 
-PACKAGES=(python3-pyverbs ibverbs-providers libibverbs1 librdmacm1 libnl-3-200 libnl-route-3-200)
+PACKAGES=(python3-pyverbs ibverbs-providers libibverbs1 librdmacm1 libnl-3-200 libnl-route-3-200
+    perftest libibumad3 libpci3)
 
 fail() {
     echo "guest: $1; $2" >&2
@@ -28,7 +29,8 @@ main() {
     mkdir -p "$(dirname "$folder")"
     exec {lock}>"$(dirname "$folder")/.lock"
     flock "$lock"
-    [ ! -e "$folder" ] || return 0
+    # One that was made before it held perftest is made anew.
+    [ ! -e "$folder/usr/bin/ib_read_lat" ] || return 0
     command -v apt-get >/dev/null || fail "apt-get is missing" "use a host with Debian's packages"
     work=$(mktemp -d "$folder.XXXXXX")
     trap 'rm -rf "$work"' EXIT
@@ -45,6 +47,7 @@ main() {
     fi
     rm -rf "$work/tree/usr/share"
     chmod 755 "$work/tree"
+    rm -rf "$folder"
     mv "$work/tree" "$folder"
 }
 
