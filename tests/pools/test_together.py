@@ -195,20 +195,19 @@ def test_a_server_that_is_started_anew(tmp_path: Path) -> None:
             assert second.about()["free_bytes"] == CAPACITY
 
 
-@pytest.mark.parametrize("seconds", [4])
-def test_a_server_that_stands_still(seconds: int, tmp_path: Path) -> None:
+def test_a_server_that_stands_still_for_ten_seconds(tmp_path: Path) -> None:
     """All of it: the program waits, is told, and goes on; its lease lives on."""
     with lending("--ttl", "2s") as server, endless(server, tmp_path) as job:
         stopped = [server.nbdkit(), server.process.pid]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(seconds)
+        time.sleep(10)
         for pid in reversed(stopped):
             os.kill(pid, signal.SIGCONT)
         job.await_err("answers again")
         result = stop(job, tmp_path)
         assert b"does not answer" in result.stderr
-        assert result.stats is not None and result.stats["pool_silent_ns"] > 1_000_000_000
+        assert result.stats is not None and result.stats["pool_silent_ns"] > 8_000_000_000
 
 
 def test_a_drain_lets_the_job_end(tmp_path: Path) -> None:
