@@ -1,12 +1,14 @@
 """`make bench-net`: a page from a server on this host, beside the least that TCP can do.
 
-Three questions, each answered by runs in turn, so that a slow moment falls on all alike:
+Four questions, each answered by runs in turn, so that a slow moment falls on all alike:
 
 1. one fetch: random reads of memory most of which is in the pool (`net touch random`); how long the
    engine waited for each page, from asking to having it (the filter `stats`), against a bare TCP
    ping-pong of the same bytes (`net ping`);
 2. one fault: the same run as the program sees it, time per page that was fetched;
-3. windows: a sequential read, bytes fetched per second, against a bare TCP stream (`net stream`).
+3. windows: pages brought without a fault, by Region.willneed() (bench_windows.py), against a bare
+   TCP stream (`net stream`);
+4. in order: a sequential read, which also faults and evicts, against the same.
 
 The pool is a `farmem serve` of its own, over TCP and over a Unix socket; `mem:` stands beside them,
 so that what the wire costs can be told from what a fault costs.  Nothing is left behind.
@@ -42,7 +44,7 @@ PAGE_BYTES = 4096
 PINGS = 20_000
 START_S = 20.0
 PING, STREAM = "bare TCP ping-pong", "bare TCP stream"
-FETCH, FAULT, WINDOWS = "one fetch", "one fault", "windows"
+FETCH, FAULT, WINDOWS, ORDER = "one fetch", "one fault", "windows", "in order"
 POOLS = ("tcp", "unix", "mem")
 
 Samples = dict[tuple[str, str], list[float]]
@@ -138,20 +140,24 @@ def measure(
             take(FETCH, PING, ping_ns)
             take(FAULT, PING, ping_ns)
             stream = [str(program), "stream", port, str(mib * MIB * 4)]
-            take(WINDOWS, STREAM, PAGE_BYTES * 1e9 / run(stream)["bytes_per_s"])
+            stream_ns = PAGE_BYTES * 1e9 / run(stream)["bytes_per_s"]
+            take(WINDOWS, STREAM, stream_ns)
+            take(ORDER, STREAM, stream_ns)
             for pool in POOLS:
                 one = touch(program, "random", urls[pool], mib, 1, folder)
                 take(FETCH, f"farmem, {pool}", one.fetch_ns)
                 take(FAULT, f"farmem, {pool}", one.page_ns)
                 many = touch(program, "sequential", urls[pool], mib, 3, folder)
-                take(WINDOWS, f"farmem, {pool}", many.page_ns)
+                take(ORDER, f"farmem, {pool}", many.page_ns)
+                bring = [sys.executable, str(HERE / "bench_windows.py"), urls[pool], str(mib)]
+                take(WINDOWS, f"farmem, {pool}", run(bring)["ns"])
     return samples
 
 
 def report(samples: Samples, mib: int, rounds: int, noise: NoiseMeter) -> str:
     rows = []
     for (what, who), values in samples.items():
-        bare: Summary = summarise(samples[what, STREAM if what == WINDOWS else PING])
+        bare: Summary = summarise(samples[what, STREAM if what in (WINDOWS, ORDER) else PING])
         mine = summarise(values)
         rate = f"{PAGE_BYTES * 1e9 / mine.median / MIB:.0f} MiB/s"
         rows.append([f"{what}: {who}", with_spread(mine, 1000.0), rate, ratio(mine, bare)])

@@ -34,6 +34,7 @@ from typing import Any
 from bench_machine import NoiseMeter, describe
 from bench_report import Summary, markdown_table, ratio, summarise, with_spread
 from bench_run import Child, Failed, Stopped
+from bench_windows import page_ns
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "bench-rdma.md"
@@ -144,18 +145,6 @@ def touch(region: Any, view: memoryview, source: random.Random) -> None:
     tell(SLEEPS, (switches_of_agent() - slept) / TOUCHES)
 
 
-def bring(region: Any) -> None:
-    region.evict()
-    before = region.budget.stats().counters["pages_fetched"]
-    begin_ns = time.monotonic_ns()
-    region.willneed(0, BROUGHT_BYTES)
-    taken_ns = time.monotonic_ns() - begin_ns
-    fetched = region.budget.stats().counters["pages_fetched"] - before
-    if fetched < BROUGHT_BYTES // PAGE_BYTES:
-        raise Failed(f"only {fetched} pages came")
-    tell(BROUGHT, taken_ns / fetched)
-
-
 def inside(program: str, rounds: int) -> None:
     import bench_net  # which imports this file
 
@@ -182,7 +171,7 @@ def inside(program: str, rounds: int) -> None:
             touch(region, view, source)
             mib_per_s = perftest("ib_read_bw", "-s", str(WINDOW_BYTES), "-n", str(WINDOWS))[3]
             tell(READS_AT_ONCE, PAGE_BYTES * 1e9 / (mib_per_s * MIB))
-            bring(region)
+            tell(BROUGHT, page_ns(region, BROUGHT_BYTES))
 
 
 # ---- on the host
