@@ -1,7 +1,6 @@
 """farmem pools: look at servers that lend memory: how much they have, and whether they answer."""
 
 import json
-import os
 import sys
 import time
 from functools import partial
@@ -57,7 +56,9 @@ def _look_at(server: Server, tls: Tls) -> Look:
         wanted = tls.toward(server, addresses, server.name)
         rtt_ns = _rtt_ns(addresses, deadline)
         if not server.leases:
-            return Look(server.url, capacity_bytes=_export_bytes(server, tls), rtt_ns=rtt_ns)
+            return Look(
+                server.url, capacity_bytes=_export_bytes(server, deadline, tls), rtt_ns=rtt_ns
+            )
         found = Control(server, addresses, wanted).asked("GET", "/v1/server", deadline)
     except OSError as error:
         return Look(server.url, no_answer(server, error))
@@ -76,13 +77,13 @@ def _look_at(server: Server, tls: Tls) -> Look:
     )
 
 
-def _export_bytes(server: Server, tls: Tls) -> int:
+def _export_bytes(server: Server, deadline: float, tls: Tls) -> int:
     """Of any NBD server's export its size is all that there is to know: asked for as by a job."""
-    from farmem.poolservers import PoolServers
+    from farmem.poolserver import Chunk, Means, reach_server
+    from farmem.rdmaagent import CHOSEN, RdmaAgent
 
-    there = PoolServers(Pool(server.url, 0, servers=(server,)), 0, tls)
-    there.discard()
-    os.close(there.fd)
+    there = reach_server(server, Chunk(0), deadline, Means(RdmaAgent(CHOSEN), tls))
+    there.release()
     return there.capacity_bytes
 
 
