@@ -162,25 +162,16 @@ class Api:
         return Response(204)
 
 
-def _list(directory: Directory, request: Request) -> Response | Awaitable[Response]:
+async def _list(directory: Directory, request: Request) -> Response:
     """At once, or when it is another version than the one that is known."""
     asked = dict(parse_qsl(request.query))
-    if "version" not in asked:
-        return _listed(directory)
-    wait = asked.get("wait_ns", "")
-    is_number = wait.isascii() and wait.isdigit() and len(wait) <= _DIGITS_MAX
-    if not is_number or int(wait) > WAIT_NS_MAX:
-        example = "write it as /v1/registry?version=VERSION&wait_ns=20000000000"
-        raise Refused(400, f"wait_ns must be a number up to {WAIT_NS_MAX}", example)
-
-    async def listed() -> Response:
+    if "version" in asked:
+        wait = asked.get("wait_ns", "")
+        is_number = wait.isascii() and wait.isdigit() and len(wait) <= _DIGITS_MAX
+        if not is_number or int(wait) > WAIT_NS_MAX:
+            example = "write it as /v1/registry?version=VERSION&wait_ns=20000000000"
+            raise Refused(400, f"wait_ns must be a number up to {WAIT_NS_MAX}", example)
         await directory.wait(asked["version"], int(wait) / _NS)
-        return _listed(directory)
-
-    return listed()
-
-
-def _listed(directory: Directory) -> Response:
     entries = directory.entries(time.monotonic())
     servers = {entry.id: entry.document() for entry in entries}
     return as_json(200, {"servers": servers, "version": directory.version})
