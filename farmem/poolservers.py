@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from farmem import _native
@@ -294,17 +295,16 @@ def _reach_all(
     servers: Sequence[Server], chunk: Chunk, deadline: float, means: Means
 ) -> tuple[list[PoolServer], list[FarmemError]]:
     """At the same time, so that one deadline does for all; what went wrong is in their order."""
-    found: dict[int, PoolServer] = {}
-    failed: dict[int, FarmemError] = {}
 
-    def reach(number: int) -> None:
+    def reach(server: Server) -> PoolServer | FarmemError:
         try:
-            found[number] = reach_server(servers[number], chunk, deadline, means)
+            return reach_server(server, chunk, deadline, means)
         except FarmemError as error:
-            failed[number] = error
+            return error
 
-    at_once([lambda number=number: reach(number) for number in range(len(servers))])  # type: ignore[misc]
-    return [found[n] for n in sorted(found)], [failed[n] for n in sorted(failed)]
+    results = at_once([partial(reach, server) for server in servers])
+    found = [result for result in results if isinstance(result, PoolServer)]
+    return found, [result for result in results if isinstance(result, FarmemError)]
 
 
 def _check_that_they_differ(servers: list[PoolServer]) -> None:
