@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backend_host.h"
 #include "backends/nbd.h"
 
 #define EXTENTS 8u
@@ -55,9 +56,6 @@ struct nbd_server {
 };
 
 extern struct nbd_server server;
-
-/* test_nbd.c */
-bool test_thread(void (*run)(void *), void *arg);
 
 /* Listens on a Unix socket. */
 void server_open(uint64_t timeout_ns);

@@ -2,7 +2,6 @@
 #include "rdma_engine.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,46 +16,10 @@ struct fm_backend servers[PEER_LEASES], *backend = servers;
 struct fm_pool_ledger ledger;
 struct fm_counters counters;
 struct fm_pool_server there[PEER_LEASES];
-atomic_uint ended, ended_of[PEER_LEASES], said;
-char last_said[FM_MESSAGE_BYTES];
+atomic_uint ended, ended_of[PEER_LEASES];
 uint64_t seed = 1;
-static atomic_uint gates;
 
-/* ---- what the engine gives to a backend */
-
-uint64_t fm_now_ns(void) { return fm_agent_now_ns(); }
-void fm_sleep_ns(uint64_t ns) { usleep((useconds_t)(ns / 1000)); }
-
-struct start {
-    void (*run)(void *);
-    void *arg;
-};
-
-static void *run_thread(void *at)
-{
-    struct start s = *(struct start *)at;
-    free(at);
-    s.run(s.arg);
-    return NULL;
-}
-
-static bool start_thread(void (*run)(void *), void *arg)
-{
-    pthread_t id;
-    struct start *s = malloc(sizeof *s);
-    *s = (struct start){ run, arg };
-    return pthread_create(&id, NULL, run_thread, s) == 0 && pthread_detach(id) == 0;
-}
-
-static void say(int level, const char *text, uint64_t number)
-{
-    (void)level, (void)number;
-    snprintf(last_said, sizeof last_said, "%s", text);
-    atomic_fetch_add(&said, 1);
-}
-
-static void gate_in(void) { atomic_fetch_add(&gates, 1); }
-static void gate_out(void) { atomic_fetch_sub(&gates, 1); }
+/* ---- what the engine gives to a backend, beside backend_host.c */
 
 static void on_end(struct fm_backend *b, struct fm_io *io)
 {
@@ -66,15 +29,6 @@ static void on_end(struct fm_backend *b, struct fm_io *io)
 }
 
 /* ---- transfers ------------------------------------------------------------------------------------------ */
-
-void await(atomic_uint *what, uint32_t n)
-{
-    uint64_t begin = fm_now_ns();
-    while (atomic_load(what) < n) {
-        CHECK(fm_now_ns() - begin < WAIT_NS);
-        sched_yield();
-    }
-}
 
 void await_ends(uint32_t n)
 {
@@ -147,7 +101,7 @@ void set_up_several(uint32_t n, uint64_t timeout_ns)
     peer_open(LEASE_BYTES, seed);
     agent_start();
     chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .servers = there,
-                               .pool_bytes = POOL_BYTES, .thread = start_thread, .say = say, .gate_in = gate_in,
+                               .pool_bytes = POOL_BYTES, .thread = test_thread, .say = say, .gate_in = gate_in,
                                .gate_out = gate_out };
     for (uint32_t k = 0; k < n; k++) {
         there[k].timeout_ns = timeout_ns;

@@ -3,8 +3,8 @@
 #ifndef FM_RDMA_ENGINE_H
 #define FM_RDMA_ENGINE_H
 
+#include "backend_host.h"
 #include "backends/rdma.h"
-#include "engine/sys.h"
 #include "rdma_peer.h"
 
 #define FRAMES FM_BACKEND_FRAMES_MAX
@@ -23,11 +23,9 @@ extern struct fm_backend servers[PEER_LEASES], *backend;      /* each is a lease
 extern struct fm_pool_ledger ledger;
 extern struct fm_counters counters;
 extern struct fm_pool_server there[PEER_LEASES];
-extern atomic_uint ended, ended_of[PEER_LEASES], said;
-extern char last_said[FM_MESSAGE_BYTES];
+extern atomic_uint ended, ended_of[PEER_LEASES];
 extern uint64_t seed;
 
-void await(atomic_uint *what, uint32_t n);
 void await_ends(uint32_t n);
 struct fm_io transfer(uint32_t kind, uint32_t frame, uint32_t slot, uint32_t n);     /* of the first, and its end */
 uint64_t *words_of(uint32_t frame);

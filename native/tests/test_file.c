@@ -5,7 +5,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -14,9 +13,9 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "backend_host.h"
 #include "backends/file.h"
 #include "check.h"
 
@@ -31,50 +30,9 @@ static struct fm_chain chain;
 static struct fm_backend backend;
 static struct fm_pool_ledger ledger;
 static struct fm_counters counters;
-static atomic_uint ended, gates, said;
-static const char *last_said;
+static atomic_uint ended;
 
-/* ---- what the engine gives to a backend */
-
-uint64_t fm_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-void fm_sleep_ns(uint64_t ns) { usleep((useconds_t)(ns / 1000)); }
-
-struct start {
-    void (*run)(void *);
-    void *arg;
-};
-
-static void *run_thread(void *at)
-{
-    struct start s = *(struct start *)at;
-    free(at);
-    s.run(s.arg);
-    return NULL;
-}
-
-static bool start_thread(void (*run)(void *), void *arg)
-{
-    pthread_t id;
-    struct start *s = malloc(sizeof *s);
-    *s = (struct start){ run, arg };
-    return pthread_create(&id, NULL, run_thread, s) == 0 && pthread_detach(id) == 0;
-}
-
-static void say(int level, const char *text, uint64_t number)
-{
-    (void)level, (void)number;
-    last_said = text;
-    atomic_fetch_add(&said, 1);
-}
-
-static void gate_in(void) { atomic_fetch_add(&gates, 1); }
-static void gate_out(void) { atomic_fetch_sub(&gates, 1); }
+/* ---- what the engine gives to a backend, beside backend_host.c */
 
 static void on_end(struct fm_backend *b, struct fm_io *io)
 {
@@ -278,7 +236,7 @@ static bool set_up(uint32_t file_io)
     fm_pool_ledger_view(&ledger, base, 0);
     ledger.trim = trim;
     chain = (struct fm_chain){ .frames = frames, .ledger = &ledger, .count = &counters, .pool_fd = new_file(),
-                               .pool_bytes = POOL_BYTES, .file_io = file_io, .thread = start_thread, .say = say,
+                               .pool_bytes = POOL_BYTES, .file_io = file_io, .thread = test_thread, .say = say,
                                .gate_in = gate_in, .gate_out = gate_out };
     backend = fm_backend_file;
     backend.chain = &chain;

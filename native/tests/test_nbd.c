@@ -4,7 +4,6 @@
  * ends the connection, and the request is made again or fails in time; never are wrong bytes taken for right ones.
  */
 #include <errno.h>
-#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,7 +11,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -27,52 +25,11 @@ static struct fm_chain chain;
 static struct fm_backend backend;
 static struct fm_pool_ledger ledger;
 static struct fm_counters counters;
-static atomic_uint ended, gates, said;
-static char last_said[FM_MESSAGE_BYTES];
+static atomic_uint ended;
 static struct fm_pool_server two[2];
 static bool second_of_two;
 
-/* ---- what the engine gives to a backend */
-
-uint64_t fm_now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-void fm_sleep_ns(uint64_t ns) { usleep((useconds_t)(ns / 1000)); }
-
-struct start {
-    void (*run)(void *);
-    void *arg;
-};
-
-static void *run_thread(void *at)
-{
-    struct start s = *(struct start *)at;
-    free(at);
-    s.run(s.arg);
-    return NULL;
-}
-
-bool test_thread(void (*run)(void *), void *arg)
-{
-    pthread_t id;
-    struct start *s = malloc(sizeof *s);
-    *s = (struct start){ run, arg };
-    return pthread_create(&id, NULL, run_thread, s) == 0 && pthread_detach(id) == 0;
-}
-
-static void say(int level, const char *text, uint64_t number)
-{
-    (void)level, (void)number;
-    snprintf(last_said, sizeof last_said, "%s", text);
-    atomic_fetch_add(&said, 1);
-}
-
-static void gate_in(void) { atomic_fetch_add(&gates, 1); }
-static void gate_out(void) { atomic_fetch_sub(&gates, 1); }
+/* ---- what the engine gives to a backend, beside backend_host.c */
 
 static void on_end(struct fm_backend *b, struct fm_io *io)
 {
@@ -87,15 +44,6 @@ static bool trim(void *ctx, uint32_t extent)
 }
 
 /* ---- transfers ----------------------------------------------------------------------------------------- */
-
-static void await(atomic_uint *what, uint32_t n)
-{
-    uint64_t begin = fm_now_ns();
-    while (atomic_load(what) < n) {
-        CHECK(fm_now_ns() - begin < WAIT_NS);
-        sched_yield();
-    }
-}
 
 static void await_ends(uint32_t n)
 {
