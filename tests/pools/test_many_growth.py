@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import assert_ok, assert_paged, compile_c, run_farmem, start_farmem
+from tests.pools.jobs import options_of
 from tests.pools.nbd_servers import MIB
 from tests.pools.serving import Server, serving, until
 
@@ -20,10 +21,6 @@ SLEEPER = ("sh", "-c", "echo up; exec sleep 60")
 
 def url_of(server: Server) -> str:
     return f"tcp://127.0.0.1:{server.port}"
-
-
-def options_of(*urls: str) -> tuple[str, ...]:
-    return tuple(word for url in urls for word in ("--pool", url))
 
 
 def lent_bytes(server: Server) -> int:

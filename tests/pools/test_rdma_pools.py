@@ -6,7 +6,6 @@ does, and fails when it is told to.  The agent, the engine and the control plane
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -20,7 +19,6 @@ import pytest
 
 from tests.harness import (
     ROOT,
-    Job,
     Result,
     assert_ok,
     assert_paged,
@@ -30,6 +28,7 @@ from tests.harness import (
 )
 from tests.pools.fake_fabric import FakeRdmaServe, fake_rdma
 from tests.pools.fake_serve import TOKEN
+from tests.pools.jobs import endless, stop
 from tests.pools.serving import MIB, until
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
@@ -43,30 +42,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRdmaServe]:
     with fake_rdma(monkeypatch) as server:
         yield server
         until(lambda: not server.agents(), "the agent outlives its job")
-
-
-@contextlib.contextmanager
-def endless(server: FakeRdmaServe, folder: Path, *options: str) -> Iterator[Job]:
-    with start_farmem(
-        [compile_c("endless"), str(folder / "stop")],
-        local="32M",
-        options=(*server.options, *options),
-    ) as job:
-        assert job.out is not None
-        assert job.out.wait_for(b"ready", LIMIT_S), job.finish(0.1).describe()
-        yield job
-
-
-def said(job: Job, text: str) -> None:
-    assert job.err is not None
-    assert job.err.wait_for(text.encode(), LIMIT_S), (text, job.finish(0.1).describe())
-
-
-def stop(job: Job, folder: Path) -> Result:
-    (folder / "stop").touch()
-    result = job.finish(LIMIT_S)
-    assert_ok(result)
-    return result
 
 
 # ---- right bytes
@@ -108,7 +83,7 @@ def test_fork(server: FakeRdmaServe, mode: str) -> None:
 
 
 def test_a_lease_is_got_kept_and_given_back(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path) as job:
+    with endless(tmp_path, server.options) as job:
         assert len(server.leases) == 1 and len(server.queue_pairs) == 1
         until(lambda: server.renewals >= 3, "renewals")
         result = stop(job, tmp_path)
@@ -173,18 +148,18 @@ def test_queue_pairs_that_fail_are_made_again(server: FakeRdmaServe) -> None:
 
 @pytest.mark.safety
 def test_a_server_that_does_not_answer_is_waited_for(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path) as job:
+    with endless(tmp_path, server.options) as job:
         server.fabric["silent"] = 1
-        said(job, "does not answer")
+        job.await_err("does not answer")
         server.fabric["silent"] = 0
-        said(job, "answers again")
+        job.await_err("answers again")
         result = stop(job, tmp_path)
     assert result.stats is not None and result.stats["pages_lost"] == 0
 
 
 @pytest.mark.safety
 def test_a_server_that_has_gone_is_sigbus(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path, *SOON) as job:
+    with endless(tmp_path, (*server.options, *SOON)) as job:
         server.fabric["silent"] = 1
         result = job.finish(LIMIT_S)
     assert result.returncode == -signal.SIGBUS, result.describe()
@@ -194,7 +169,7 @@ def test_a_server_that_has_gone_is_sigbus(server: FakeRdmaServe, tmp_path: Path)
 
 @pytest.mark.safety
 def test_a_lease_that_has_ended_is_lost(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path) as job:
+    with endless(tmp_path, server.options) as job:
         server.leases.clear()
         server.end_queue_pairs()
         result = job.finish(LIMIT_S)
@@ -204,7 +179,7 @@ def test_a_lease_that_has_ended_is_lost(server: FakeRdmaServe, tmp_path: Path) -
 
 @pytest.mark.safety
 def test_an_agent_that_is_killed_is_started_again(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path) as job:
+    with endless(tmp_path, server.options) as job:
         killed: set[int] = set()
         for _ in range(3):
             (agent,) = until(lambda: [p for p in server.agents() if p not in killed], "an agent")
@@ -220,19 +195,19 @@ def test_an_agent_that_is_killed_is_started_again(server: FakeRdmaServe, tmp_pat
 
 @pytest.mark.safety
 def test_an_agent_that_stands_still_is_waited_for(server: FakeRdmaServe, tmp_path: Path) -> None:
-    with endless(server, tmp_path) as job:
+    with endless(tmp_path, server.options) as job:
         (agent,) = server.agents()
         os.kill(agent, signal.SIGSTOP)
-        said(job, "does not answer")
+        job.await_err("does not answer")
         os.kill(agent, signal.SIGCONT)
-        said(job, "answers again")
+        job.await_err("answers again")
         stop(job, tmp_path)
 
 
 def test_the_agent_ends_with_its_job(server: FakeRdmaServe, tmp_path: Path) -> None:
     """Whoever is killed: the program, then also the supervisor, which asks nobody to end then."""
     for kills_supervisor in (False, True):
-        with endless(server, tmp_path) as job:
+        with endless(tmp_path, server.options) as job:
             supervisor = job.supervisor()
             assert len(server.agents()) == 1
             if kills_supervisor:
@@ -251,7 +226,7 @@ def test_the_agent_holds_nothing_of_the_callers(server: FakeRdmaServe, tmp_path:
         pass_fds=(writing,),
     ) as job:
         os.close(writing)
-        assert job.out is not None and job.out.wait_for(b"ready", LIMIT_S)
+        job.await_out("ready")
         (agent,) = server.agents()
         theirs = {
             os.stat(f"/proc/{agent}/fd/{fd}").st_ino for fd in os.listdir(f"/proc/{agent}/fd")

@@ -25,8 +25,8 @@ from tests.harness import (
     compile_c,
     run_farmem,
     run_plain,
-    start_farmem,
 )
+from tests.pools import jobs
 from tests.pools.serving import MIB, TCP, UNIX, Server, serving, until
 
 pytestmark = [pytest.mark.pools, pytest.mark.uffd]
@@ -58,22 +58,14 @@ def all_is_back(server: Server) -> None:
     assert metrics["leases"] == 0 and metrics["used_bytes"] == 0, metrics
 
 
-@contextlib.contextmanager
-def endless(server: Server, folder: Path, *options: str, way: str = TCP) -> Iterator[Job]:
-    """A job that pages to the server until somebody says stop(), or it is ended."""
-    with start_farmem(
-        [compile_c("endless"), str(folder / "stop")],
-        local="32M",
-        options=(*options_of(server, way, "256M"), *options),
-    ) as job:
-        job.await_out("ready")
-        yield job
+def endless(
+    server: Server, folder: Path, *options: str, way: str = TCP
+) -> contextlib.AbstractContextManager[Job]:
+    return jobs.endless(folder, (*options_of(server, way, "256M"), *options))
 
 
 def stop(job: Job, folder: Path) -> Result:
-    (folder / "stop").touch()
-    result = job.finish(LIMIT_S)
-    assert_ok(result)
+    result = jobs.stop(job, folder)
     assert result.stats is not None and result.stats["pages_lost"] == 0, result.describe()
     return result
 
